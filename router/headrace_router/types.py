@@ -1,0 +1,125 @@
+"""The words of the router: replicas, their load, requests, decisions.
+
+Values only. Everything here is frozen, carries its units in its name, and can be built in a test by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+
+ReplicaId = NewType("ReplicaId", str)
+"""Name of one replica slot, stable across restarts: ``smollm2-unified-0``."""
+
+BootId = NewType("BootId", str)
+"""Random per replica start; tells a restarted replica from its predecessor."""
+
+
+class Role(StrEnum):
+    """Which half of a request a pool runs."""
+
+    UNIFIED = "unified"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class ReplicaState(StrEnum):
+    """Life of a replica, in order. Only READY replicas receive new requests."""
+
+    PENDING = "pending"  # asked for, not yet placed
+    STARTING = "starting"  # placed, loading
+    READY = "ready"
+    DRAINING = "draining"  # finishes what runs, receives nothing new
+    FAILED = "failed"  # died or never started; a successor may be on its way
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where one started replica can be reached.
+
+    ``url`` serves OpenAI's API over HTTP, without a trailing slash. The ZMQ endpoints (``tcp://host:port``)
+    are None where the engine publishes nothing (an external server).
+    """
+
+    url: str
+    load: str | None = None  # PUB of LoadReport, msgpack
+    kv_events: str | None = None  # PUB, vLLM's wire format: topic, 8-byte big-endian sequence, batch
+    kv_replay: str | None = None  # ROUTER, replays batches from a start sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One member of the fleet as the gateways see it."""
+
+    id: ReplicaId
+    boot_id: BootId
+    model: str  # served name, what clients send as "model"
+    role: Role
+    endpoints: Endpoints
+    state: ReplicaState = ReplicaState.READY
+    block_size: int | None = None  # tokens per KV block, None where unknown
+    num_blocks: int | None = None  # KV blocks in total, None where unknown
+    max_model_len: int | None = None  # tokens, prompt and answer together
+    node: str = ""  # where it runs, for people
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Every replica of the fleet at one version. Versions only grow within one ``epoch`` (a controller's life)."""
+
+    version: int
+    replicas: tuple[Replica, ...]
+    epoch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One engine step: what it computed and how long it took. The timing models are fitted from these."""
+
+    duration_s: float
+    prefill_tokens: int  # prompt tokens computed in this step
+    decode_sequences: int  # sequences that each produced a token
+    context_tokens: int = 0  # tokens already in the cache that this step attended to, 0 where unknown
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What an engine says of itself, sent on change and at least every 100 ms.
+
+    Gauges are as of ``sequence``; counters only grow within one ``boot_id``.
+    """
+
+    replica_id: ReplicaId
+    boot_id: BootId
+    sequence: int  # grows by one per report
+    running: int  # requests in the batch
+    waiting: int  # requests queued in the engine
+    kv_use: float  # 0..1, share of KV blocks in use
+    backlog_tokens: int  # uncached prompt tokens waiting or being prefilled
+    prompt_tokens_total: int = 0  # counter: prompt tokens of admitted requests, cached ones included
+    cached_tokens_total: int = 0  # counter: of those, found in the prefix cache
+    generation_tokens_total: int = 0  # counter
+    preemptions_total: int = 0  # counter
+    iterations: tuple[Iteration, ...] = ()  # steps since the last report, newest last, at most 64
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a policy may know of a request."""
+
+    model: str
+    prompt_bytes: int = 0  # length of the request body
+    max_tokens: int | None = None
+    session: str | None = None  # `x-session-id` header or the body's `user`, for affinity
+    excluded: frozenset[ReplicaId] = frozenset()  # already tried
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The chosen replica and, in words, why."""
+
+    replica: Replica
+    reason: str
+    policy: str
