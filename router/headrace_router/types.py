@@ -63,6 +63,7 @@ class Replica:
     num_blocks: int | None = None  # KV blocks in total, None where unknown
     max_model_len: int | None = None  # tokens, prompt and answer together
     node: str = ""  # where it runs, for people
+    api_key: str | None = None  # asked for by this replica alone (an external server); never shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,91 @@
+"""Everything that is not inference: health, readiness, metrics, the list of models, and clear refusals."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+
+from headrace.errors import HeadraceError, MethodNotAllowed, NotFound
+from headrace.gateway import openai
+from headrace.gateway.context import GatewayContext
+
+
+def build_app(context: GatewayContext) -> FastAPI:
+    """The FastAPI app of one gateway."""
+    app = FastAPI(title="Headrace", openapi_url=None, docs_url=None, redoc_url=None)
+    registry = CollectorRegistry()
+    registry.register(context.metrics)
+    started = int(time.time())
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The gateway itself runs."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 when every model has a replica that takes requests and the gateway is not draining."""
+        router = context.router
+        models = {model: len(router.eligible(model)) for model in router.models()}
+        is_ready = bool(models) and all(models.values()) and not context.draining
+        return JSONResponse({"ready": is_ready, "replicas": models}, status_code=200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [_card(context, model, started) for model in _ready_models(context)],
+        }
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        if model not in _ready_models(context):
+            raise HTTPException(404, f"The model `{model}` does not exist.")
+        return _card(context, model, started)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        known: HeadraceError
+        if error.status_code == 405 or request.url.path.encode() in openai.INFERENCE_PATHS:
+            known = MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}")
+        elif error.detail == "Not Found":
+            known = NotFound(f"no such path: {request.method} {request.url.path}")
+        else:
+            known = NotFound(str(error.detail))
+            known.code = "model_not_found"
+        return _error_response(known)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return _error_response(openai.as_headrace_error(error))
+
+    return app
+
+
+def _ready_models(context: GatewayContext) -> list[str]:
+    return [model for model in context.router.models() if context.router.eligible(model)]
+
+
+def _card(context: GatewayContext, model: str, started: int) -> dict[str, Any]:
+    lengths = [load.replica.max_model_len for load in context.router.eligible(model)]
+    known = [length for length in lengths if length is not None]
+    return {
+        "id": model,
+        "object": "model",
+        "created": started,
+        "owned_by": "headrace",
+        "max_model_len": min(known) if known else None,
+    }
+
+
+def _error_response(error: HeadraceError) -> Response:
+    return Response(openai.error_body(error), error.status, media_type="application/json")

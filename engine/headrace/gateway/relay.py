@@ -1,0 +1,481 @@
+"""The relay: one exchange carries one request from its client to a replica and the answer back.
+
+A request's life:
+ 1. a face (protocol or ASGI) hands over method, path, headers and the whole body        `Exchange.start`
+ 2. the needed fields are read, the model is looked up                                    `_admit`
+ 3. the router chooses a replica and books the request on it                              `_dispatch`
+ 4. the original bytes go out on a pooled connection, or a new one                        `_send`
+ 5. the answer's head comes back: relayed, or tried elsewhere if the replica is ill       `upstream_head`
+ 6. bytes flow; a client that does not read pauses the replica, not our memory            `upstream_body`
+ 7. however it ends, `_end` runs exactly once: booking released, metrics, access log
+
+Nothing here blocks; all calls come from one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+from typing import Protocol
+
+from headrace.errors import (
+    HeadraceError,
+    ModelNotFound,
+    NoReplica,
+    RequestTimeout,
+    ShuttingDown,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
+from headrace.gateway import openai
+from headrace.gateway.context import GatewayContext
+from headrace.gateway.sse import EventRelay
+from headrace.gateway.upstream import Header, Target, UpstreamConnection
+from headrace_router.load_table import Booking
+from headrace_router.types import ReplicaId, Request
+
+log = logging.getLogger(__name__)
+
+# Never forwarded: they describe one connection (RFC 9110, 7.6.1), or are written anew by us.
+_DROPPED_REQUEST_HEADERS = frozenset(
+    b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade expect "
+    b"content-length accept-encoding x-request-id".split()
+)
+_DROPPED_RESPONSE_HEADERS = frozenset(
+    b"connection keep-alive proxy-connection transfer-encoding upgrade trailer content-length server date "
+    b"x-request-id".split()
+)
+# Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
+_ILL_STATUSES = frozenset({502, 503})
+
+
+class Client(Protocol):
+    """The side of an exchange that faces the client. Writes are buffered until `flush`; none of them blocks."""
+
+    def send_head(self, status: int, headers: list[Header], content_length: int | None) -> None: ...
+
+    def send_body(self, data: bytes) -> None: ...
+
+    def end(self) -> None:
+        """The response is complete and the client may send its next request. Flushes."""
+        ...
+
+    def flush(self) -> None: ...
+
+    def abort(self) -> None:
+        """Cut the connection: the response cannot be completed and must not look complete."""
+        ...
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = (
+        "_authorization",
+        "_body",
+        "_booking",
+        "_client",
+        "_connecting",
+        "_connection",
+        "_context",
+        "_error_kind",
+        "_events",
+        "_excluded",
+        "_first_byte_s",
+        "_forwarded",
+        "_hide_usage",
+        "_last_byte_s",
+        "_length",
+        "_measures",
+        "_method",
+        "_parsed",
+        "_path",
+        "_paused",
+        "_started_s",
+        "_status",
+        "_tail",
+        "_target",
+        "_tries",
+        "deadline_s",
+        "done",
+        "reason",
+        "request_id",
+    )
+
+    def __init__(
+        self, context: GatewayContext, client: Client, target: bytes, headers: list[Header], body: bytes
+    ) -> None:
+        """`target` is the request target as received; `headers` have lower-case names; `body` is whole."""
+        self._context = context
+        self._client = client
+        self._target = target
+        self._path = target.partition(b"?")[0]
+        self._body = body
+        self._forwarded = b""
+        self._authorization = b""
+        self.request_id = b""
+        self._parsed: openai.Parsed | None = None
+        self._measures = context.metrics.unknown
+        self._booking: Booking | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._excluded: frozenset[ReplicaId] = frozenset()
+        self._tries = 0
+        self._events: EventRelay | None = None
+        self._hide_usage = False
+        self._tail = b""
+        self._status = 0
+        self._length: int | None = None
+        self._paused = False
+        self._started_s = monotonic()
+        self._first_byte_s = 0.0
+        self._last_byte_s = 0.0
+        self._error_kind = ""
+        self.reason = ""
+        self.deadline_s = self._started_s + context.config.timeouts.first_byte_s
+        self.done = False
+        self._read_headers(headers)
+
+    def _read_headers(self, headers: list[Header]) -> None:
+        forwarded = []
+        given_id = None
+        for name, value in headers:
+            if name == b"authorization":
+                self._authorization = value
+            elif name == b"x-request-id":
+                given_id = value
+            elif name not in _DROPPED_REQUEST_HEADERS:
+                forwarded += [name, b": ", value, b"\r\n"]
+        self._forwarded = b"".join(forwarded)
+        self.request_id = openai.request_id(given_id)
+
+    # --- called by the face
+
+    def start(self, *, is_form: bool = False) -> None:
+        """Begin. Whatever goes wrong is answered to the client; nothing is raised."""
+        self._context.active.add(self)
+        try:
+            self._admit(is_form)
+            self._dispatch()
+        except Exception as error:
+            self._fail(error)
+
+    def client_left(self) -> None:
+        """The client is gone: stop the replica's work at once."""
+        if not self.done:
+            self._error_kind = "client_left"
+            self._end(499)
+
+    def client_paused(self) -> None:
+        """The client does not read as fast as the replica writes."""
+        self._paused = True
+        self.deadline_s = monotonic() + self._context.config.timeouts.client_stall_s
+        if self._connection is not None:
+            self._connection.pause_reading()
+
+    def client_resumed(self) -> None:
+        """The client has caught up."""
+        self._paused = False
+        self.deadline_s = monotonic() + self._context.config.timeouts.idle_s
+        if self._connection is not None:
+            self._connection.resume_reading()
+
+    def expire(self) -> None:
+        """`deadline_s` has passed: whatever was awaited did not come."""
+        if self._paused:
+            self._error_kind = "client_stalled"
+            self._client.abort()
+            self._end(self._status)
+        elif self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+            self._lost("no connection within the connect timeout", suspend=True)
+        else:
+            timeout_s = self._context.config.timeouts.idle_s if self._status else self._first_byte_timeout_s
+            self._fail(UpstreamTimeout(f"the replica was silent for {timeout_s:g} s"))
+
+    def replica_gone(self) -> None:
+        """Membership says that the replica of this exchange is no more (its node may never send a reset)."""
+        if self._connection is not None:
+            self._connection.abort()
+        self._lost("the replica left the fleet")
+
+    def cut(self) -> None:
+        """The gateway stops and will not wait for this exchange any longer."""
+        self._fail(ShuttingDown("the gateway shut down before the answer was complete"))
+
+    @property
+    def left(self) -> bool:
+        """Whether the client ended this exchange by leaving."""
+        return self._error_kind == "client_left"
+
+    @property
+    def booking(self) -> Booking | None:
+        """The claim on the replica in use."""
+        return self._booking
+
+    @property
+    def _first_byte_timeout_s(self) -> float:
+        return self._context.config.timeouts.first_byte_s
+
+    # --- request path
+
+    def _admit(self, is_form: bool) -> None:
+        context = self._context
+        parsed = (
+            openai.parse_form(self._body)
+            if is_form
+            else openai.parse_body(self._body, context.config.limits.json_depth)
+        )
+        self._parsed = parsed
+        if not context.router.knows(parsed.model):
+            raise ModelNotFound(
+                f"The model `{parsed.model[:256]}` does not exist. Known models: {', '.join(context.router.models())}",
+                param="model",
+            )
+        self._measures = context.metrics.of(parsed.model)
+        self._measures.in_flight += 1
+        if context.draining:
+            raise ShuttingDown("the gateway is shutting down; send the request to another one")
+        self._hide_usage = not is_form and openai.asks_usage(self._path, parsed)
+        if self._hide_usage:
+            self._body = openai.with_usage(self._body)
+
+    def _dispatch(self) -> None:
+        """Choose a replica and send. Raises NoReplica when there is none to choose."""
+        assert self._parsed is not None
+        choice = self._context.router.choose(
+            Request(
+                self._parsed.model,
+                len(self._body),
+                self._parsed.max_tokens,
+                self._parsed.user,
+                self._excluded,
+            )
+        )
+        if choice is None:
+            if self._tries:
+                raise UpstreamFailed(
+                    f"{self._tries} replica(s) of `{self._parsed.model}` failed on this request and no other is ready"
+                )
+            raise NoReplica(
+                f"no replica of `{self._parsed.model}` is ready; try again shortly", retry_after_s=2
+            )
+        self._take(choice.booking, choice.reason)
+
+    def _take(self, booking: Booking, reason: str) -> None:
+        self._booking, self.reason = booking, reason
+        self._tries += 1
+        target = self._context.targets[booking.replica.id]
+        connection = self._context.pool.take(target)
+        if connection is not None:
+            self._send(connection, target)
+        else:
+            self._connect(target)
+
+    def _connect(self, target: Target) -> None:
+        self.deadline_s = monotonic() + self._context.config.timeouts.connect_s
+        self._connecting = self._context.loop.create_task(self._open_connection(target))
+
+    async def _open_connection(self, target: Target) -> None:
+        try:
+            connection = await self._context.pool.connect(target)
+        except OSError as error:
+            self._connecting = None
+            self._lost(f"cannot connect: {error.strerror or error}", suspend=True)
+            return
+        self._connecting = None
+        try:
+            self._send(connection, target)
+        except Exception as error:
+            self._fail(error)
+
+    def _send(self, connection: UpstreamConnection, target: Target) -> None:
+        self._connection = connection
+        self.deadline_s = monotonic() + self._first_byte_timeout_s
+        authorization = b""
+        if self._authorization and not target.authorized:
+            authorization = b"authorization: %s\r\n" % self._authorization
+        connection.send(
+            self,
+            b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
+            % (
+                self._target,
+                target.prefix,
+                authorization,
+                self._forwarded,
+                len(self._body),
+                self.request_id,
+                self._body,
+            ),
+        )
+
+    # --- answer path: upstream.Receiver
+
+    def upstream_head(self, status: int, headers: list[Header]) -> None:
+        if status in _ILL_STATUSES and self._try_elsewhere():
+            return
+        length: int | None = None
+        forwarded: list[Header] = []
+        for header in headers:
+            name = header[0]
+            if name not in _DROPPED_RESPONSE_HEADERS:
+                forwarded.append(header)
+                if name == b"content-type" and header[1].startswith(b"text/event-stream"):
+                    self._events = EventRelay(self._hide_usage)
+            elif name == b"content-length":
+                length = int(header[1])
+        forwarded.append((b"x-request-id", self.request_id))
+        self._status = status
+        self._length = length
+        self._body = b""  # no retry from here on
+        self._client.send_head(status, forwarded, length)
+
+    def upstream_body(self, data: bytes) -> None:
+        now_s = monotonic()
+        if self._first_byte_s == 0.0:
+            self._first_byte_s = now_s
+            self._measures.time_to_first_token.observe(now_s - self._started_s)
+        elif self._events is not None:
+            self._measures.inter_token.observe(now_s - self._last_byte_s)
+        self._last_byte_s = now_s
+        if self._events is not None:
+            data = self._events.feed(data)
+            if not data:
+                return
+        else:
+            # The usage stands near the end of a body that may come in several pieces.
+            self._tail = data if not self._tail else (self._tail + data)[-8192:]
+        self._client.send_body(data)
+
+    def upstream_complete(self) -> None:
+        self._connection = None
+        if self._events is not None:
+            rest = self._events.rest()
+            if rest:
+                self._client.send_body(rest)
+        self._end(self._status)
+        self._client.end()
+
+    def upstream_flush(self) -> None:
+        if self._status and not self.done:
+            if not self._paused:
+                self.deadline_s = self._last_byte_s + self._context.config.timeouts.idle_s
+            self._client.flush()
+
+    def upstream_lost(self, reason: str) -> None:
+        reused = self._connection is not None and self._connection.exchanges > 0
+        self._connection = None
+        if reused and self._status == 0 and self._booking is not None and not self.done:
+            # A kept-alive connection that the replica closed as we wrote: the same replica, on a fresh connection.
+            target = self._context.targets.get(self._booking.replica.id)
+            if target is not None:
+                self._connect(target)
+                return
+        self._lost(reason)
+
+    # --- failure
+
+    def _try_elsewhere(self) -> bool:
+        """Move to a replica not yet tried. False, changing nothing, when there is none or tries are used up."""
+        context = self._context
+        if self._parsed is None or self._booking is None or self._tries > context.config.retries:
+            return False
+        excluded = self._excluded | {self._booking.replica.id}
+        choice = context.router.choose(
+            Request(self._parsed.model, len(self._body), self._parsed.max_tokens, self._parsed.user, excluded)
+        )
+        if choice is None:
+            return False
+        self._excluded = excluded
+        self._let_go()
+        self._measures.retries += 1
+        self._take(choice.booking, choice.reason)
+        return True
+
+    def _lost(self, reason: str, *, suspend: bool = False) -> None:
+        """The replica failed under us before or within the answer."""
+        if self.done:
+            return
+        self._connection = None
+        self._measures.count_upstream_error("connect" if suspend else "reset")
+        if suspend and self._booking is not None:
+            self._context.suspend(self._booking.replica, reason)
+        try:
+            if self._status == 0 and self._try_elsewhere():
+                return
+            self._fail(UpstreamFailed(f"the replica failed: {reason}"))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End with an error, in the form that the state of the answer allows."""
+        if self.done:
+            return
+        known = openai.as_headrace_error(error)
+        if known is not error:
+            log.error("request %s failed", self.request_id.decode(), exc_info=error)
+        self._error_kind = type(known).__name__
+        client = self._client
+        if self._status == 0:
+            self._answer_error(known)
+        elif self._events is not None:
+            client.send_body(openai.error_event(known))
+            self._end(self._status)
+            client.end()
+        else:
+            client.abort()
+            self._end(self._status)
+
+    def _answer_error(self, error: HeadraceError) -> None:
+        body = openai.error_body(error)
+        headers = [*openai.error_headers(error), (b"x-request-id", self.request_id)]
+        self._client.send_head(error.status, headers, len(body))
+        self._client.send_body(body)
+        self._end(error.status)
+        self._client.end()
+
+    def _let_go(self) -> None:
+        """Give back what this exchange holds of a replica: the booking, the connection, a connect under way."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.abort()
+        if self._booking is not None:
+            self._context.router.release(self._booking)
+
+    def _end(self, status: int) -> None:
+        """The one way out. Runs exactly once."""
+        if self.done:
+            return
+        self.done = True
+        self._let_go()
+        context = self._context
+        context.active.discard(self)
+        usage = self._events.usage if self._events is not None else openai.find_usage(self._tail)
+        now_s = monotonic()
+        measures = self._measures
+        if measures is not context.metrics.unknown:
+            measures.in_flight -= 1
+        measures.finish(status, self._error_kind, now_s - self._started_s, usage)
+        if context.access_log is not None:
+            context.access_log.write(
+                request_id=self.request_id,
+                path=self._path,
+                model=self._parsed.model if self._parsed is not None else None,
+                status=status,
+                error=self._error_kind or None,
+                replica=self._booking.replica.id if self._booking is not None else None,
+                tries=self._tries,
+                duration_s=now_s - self._started_s,
+                ttft_s=self._first_byte_s - self._started_s if self._first_byte_s else None,
+                usage=usage,
+            )
+
+
+def client_timeout(what: str, limit_s: float) -> RequestTimeout:
+    """The client did not send `what` in time."""
+    return RequestTimeout(f"the {what} did not arrive within {limit_s:g} s")

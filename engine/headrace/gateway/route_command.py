@@ -1,0 +1,86 @@
+"""`headrace route`: the gateway alone, in front of servers that already run. No Ray, no vLLM, no torch."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+
+import uvloop
+
+from headrace.config import Gateway
+from headrace.gateway.server import GatewayServer
+from headrace.gateway.static_fleet import StaticFleet
+from headrace_router.policies import POLICIES
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command."""
+    parser = subparsers.add_parser(
+        "route", help="run the gateway alone, in front of servers that already run"
+    )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headrace route`."""
+    parser.add_argument(
+        "--backend", action="append", required=True, metavar="URL", help="a server; repeat for more"
+    )
+    parser.add_argument("--policy", choices=sorted(POLICIES), default="least_loaded")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument(
+        "--model", help="route only this model; also its name when a server has no /v1/models"
+    )
+    parser.add_argument("--api-key", help="sent to the servers instead of the client's own key")
+    parser.add_argument("--no-access-log", action="store_true")
+    parser.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="seconds; default 30")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM. Raises HeadraceError when it cannot start."""
+    source = StaticFleet(args.backend, api_key=args.api_key, model=args.model)
+    config = Gateway.model_validate(
+        {
+            "host": args.host,
+            "port": args.port,
+            "policy": args.policy,
+            "access_log": not args.no_access_log,
+            "seed": args.seed,
+        }
+    )
+    server = GatewayServer(config, source)
+    host, port = server.bind()
+    uvloop.run(_serve(server, source, host, port, args.drain_timeout))
+    return 0
+
+
+async def _serve(server: GatewayServer, source: StaticFleet, host: str, port: int, drain_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stopping.set)
+    starting = asyncio.ensure_future(server.start())
+    waiting = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        starting.result()
+        for url in source.unreachable:
+            print(f"warning: {url} does not answer; it joins when it does", file=sys.stderr)
+        print(f"ready: http://{host}:{port}", flush=True)
+        await waiting
+    else:
+        starting.cancel()
+    # A second signal cuts the drain short.
+    stopping.clear()
+    draining = asyncio.ensure_future(server.stop(drain_s))
+    again = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        await server.stop(0.0)
+    again.cancel()
