@@ -1,0 +1,72 @@
+"""The door in front of an engine's HTTP app: the fleet's internal token, and a way to close it.
+
+Pure ASGI, so that it adds nothing to a streamed answer.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_UNAUTHORIZED = {
+    "message": "this replica answers its fleet's gateway only; send the request to the gateway",
+    "type": "invalid_request_error",
+    "param": None,
+    "code": "invalid_api_key",
+}
+_CLOSED = {
+    "message": "this replica is draining",
+    "type": "service_unavailable",
+    "param": None,
+    "code": "shutting_down",
+}
+
+
+class FrontDoor:
+    """Lets in requests that carry `authorization: Bearer <token>`; everything when `token` is None.
+
+    After `close()` every new request gets 503 while those inside finish.
+    """
+
+    def __init__(self, app: App, token: str | None) -> None:
+        self._app = app
+        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Refuse what comes from now on."""
+        self._is_open = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+        elif not self._admits(scope):
+            await _refuse(scope, receive, send, 401, _UNAUTHORIZED)
+        elif not self._is_open:
+            await _refuse(scope, receive, send, 503, _CLOSED)
+        else:
+            await self._app(scope, receive, send)
+
+    def _admits(self, scope: Scope) -> bool:
+        if self._expected is None:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, error: dict[str, Any]) -> None:
+    if scope["type"] == "websocket":
+        await receive()  # "websocket.connect": a close before it is a protocol error
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

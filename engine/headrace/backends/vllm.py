@@ -1,0 +1,318 @@
+"""vLLM in this process: its AsyncLLM engine and its own OpenAI server, behind the fleet's front door.
+
+    start   arguments -> engine (child processes) -> app -> listening socket
+    serve   front door (token) -> vLLM's app -> engine; statistics -> load reports; KV events by vLLM itself
+    stop    close the door, wait for what runs, end the server, end the engine
+
+One per process: vLLM reads environment variables and keeps process-wide registries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from headrace.backends import embedded_model, vllm_arguments
+from headrace.backends.base import Progress, Started
+from headrace.backends.front_door import FrontDoor
+from headrace.backends.load_meter import LoadMeter
+from headrace.backends.load_publisher import LoadPublisher
+from headrace.backends.vllm_arguments import EngineSettings
+from headrace.errors import FatalStartError, ReplicaUnhealthy, StartError
+from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
+
+_KEEP_ALIVE_S = 300
+"""Longer than any gateway keeps an idle connection, so that it is never the replica that closes first."""
+
+_WATCH_INTERVAL_S = 0.02
+"""How often arrivals and aborts, which vLLM announces to nobody, are looked for. A look costs about 2 µs."""
+
+
+class VllmBackend:
+    """One vLLM engine with vLLM's HTTP API on `host`, a private address of this node."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        replica_id: ReplicaId,
+        host: str,
+        internal_token: str | None = None,
+        *,
+        report_interval_s: float = 0.1,
+        cores: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
+        """`cores` binds each worker of a CPU engine to its cores; empty leaves the choice to vLLM."""
+        self.boot_id = BootId(secrets.token_hex(8))
+        self._settings = settings
+        self._host = host
+        self._token = internal_token
+        self._cores = cores
+        self._meter = LoadMeter(replica_id, self.boot_id)
+        self._publisher = LoadPublisher(host, report_interval_s)
+        self._engine: Any = None
+        self._door: FrontDoor | None = None
+        self._server: Any = None
+        self._serving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._seen = (0, 0)
+
+    async def start(self, progress: Progress) -> Started:
+        """Bring the engine up; about 35 s on two CPU cores. Raises StartError, FatalStartError."""
+        phases = _Phases(progress)
+        try:
+            settings = await asyncio.to_thread(_with_local_path, self._settings, phases.enter)
+            phases.enter("imports")
+            self._set_environment(settings)
+            args = await asyncio.to_thread(vllm_arguments.parse, settings)
+            phases.enter("engine")
+            with _reasons(settings):
+                # In a thread: it blocks for as long as the engine loads, and the host wants to see progress.
+                self._engine = await asyncio.to_thread(_make_engine, args, self._logger_factory())
+            phases.enter("server")
+            url = await self._serve(args)
+        except BaseException:
+            await self.stop()
+            raise
+        config = self._engine.vllm_config
+        events = self._engine.get_kv_event_sources().get(0) if settings.has_kv_events else None
+        endpoints = Endpoints(
+            url=url,
+            load=self._publisher.start(),
+            kv_events=None if events is None else events.endpoint,
+            kv_replay=None if events is None else events.replay_endpoint,
+        )
+        self._publish()
+        self._watching = asyncio.create_task(self._watch_arrivals())
+        return Started(
+            endpoints=endpoints,
+            boot_id=self.boot_id,
+            block_size=config.cache_config.block_size,
+            num_blocks=config.cache_config.num_gpu_blocks,
+            max_model_len=config.model_config.max_model_len,
+            phases_s=phases.finished(),
+        )
+
+    async def check(self) -> None:
+        """Cheap: reads flags that vLLM's own monitors set when a process of the engine dies."""
+        if self._engine is None:
+            raise ReplicaUnhealthy("the engine has not started")
+        if self._engine.errored:
+            raise ReplicaUnhealthy("the engine process died")
+        if self._serving is None or self._serving.done():
+            raise ReplicaUnhealthy("the HTTP server ended")
+
+    def load(self) -> LoadReport | None:
+        """The newest report."""
+        return self._publisher.newest
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Safe at any time and twice."""
+        if self._door is not None:
+            self._door.close()
+            deadline = time.monotonic() + drain_s
+            while self._unfinished() and time.monotonic() < deadline:  # noqa: ASYNC110 vLLM offers no event
+                await asyncio.sleep(_WATCH_INTERVAL_S)
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            self._server.should_exit = True
+            self._server.force_exit = self._unfinished() > 0
+            await asyncio.wait([serving], timeout=2.0)
+            serving.cancel()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+        await self._publisher.stop()
+
+    def _set_environment(self, settings: EngineSettings) -> None:
+        """What vLLM reads at import; its children inherit it. Process-wide, hence one backend per process."""
+        os.environ["VLLM_HOST_IP"] = self._host
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        os.environ["VLLM_SERVER_DEV_MODE"] = "0"  # keeps sleep, collective_rpc and the like unregistered
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would take this process's sockets along
+        if self._cores:
+            ranks = "|".join(",".join(map(str, cores)) for cores in self._cores)
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ranks
+        if Path(settings.path).is_dir():
+            os.environ["HF_HUB_OFFLINE"] = "1"  # a local model never waits for a network that is not there
+
+    def _logger_factory(self) -> Callable[[Any, int], Any]:
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        record, publish = self._meter.record, self._publish
+
+        class Logger(StatLoggerBase):  # type: ignore[misc]
+            def __init__(self) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+                record(scheduler_stats, iteration_stats)
+                publish()
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return lambda _config, _engine_index: Logger()
+
+    async def _serve(self, args: Any) -> str:
+        import uvicorn
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        tasks = await self._engine.get_supported_tasks()
+        app = build_app(args, tasks, self._engine.model_config)
+        await init_app_state(self._engine, app.state, args, tasks)
+        self._door = FrontDoor(app, self._token)
+        listening = _bind(self._host)
+        port = listening.getsockname()[1]
+        config = uvicorn.Config(
+            self._door,
+            access_log=False,
+            log_level="warning",
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started:
+            if self._serving.done():
+                raise StartError("vLLM's HTTP server ended while starting; see the replica's log")
+            await asyncio.sleep(0.01)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{port}"
+
+    def _unfinished(self) -> int:
+        return 0 if self._engine is None else self._engine.output_processor.get_num_unfinished_requests()
+
+    async def _watch_arrivals(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            if self._frontend() != self._seen:
+                self._publish()
+
+    def _frontend(self) -> tuple[int, int]:
+        """Unfinished requests, and prompt tokens of those without a first token."""
+        if self._engine is None:
+            return 0, 0
+        processor = self._engine.output_processor
+        return processor.get_num_unfinished_requests(), processor.get_num_queued_tokens()
+
+    def _publish(self) -> None:
+        self._seen = self._frontend()
+        self._publisher.publish(self._meter.report(*self._seen))
+
+
+class _Phases:
+    """Names and times the steps of a start."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._entered: list[tuple[str, float]] = []
+
+    def enter(self, phase: str) -> None:
+        self._entered.append((phase, time.monotonic()))
+        self._progress(phase)
+
+    def finished(self) -> tuple[tuple[str, float], ...]:
+        ends = [at for _, at in self._entered[1:]] + [time.monotonic()]
+        return tuple((name, end - at) for (name, at), end in zip(self._entered, ends, strict=True))
+
+
+def _with_local_path(settings: EngineSettings, progress: Progress) -> EngineSettings:
+    if settings.path != embedded_model.SOURCE:
+        return settings
+    return replace(settings, path=str(embedded_model.ensure(progress)))
+
+
+def _make_engine(args: Any, logger_factory: Callable[[Any, int], Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(
+        AsyncEngineArgs.from_cli_args(args),
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[logger_factory],
+    )
+
+
+def _bind(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.bind((host, 0))
+    except OSError as error:
+        listening.close()
+        raise StartError(
+            f"cannot listen on {host}: {error.strerror}; is it an address of this node?"
+        ) from error
+    return listening
+
+
+def _server(config: Any) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Leaves signals to the host."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)
+
+
+@contextmanager
+def _reasons(settings: EngineSettings) -> Iterator[None]:
+    """Turn what vLLM raises while the engine starts into one line."""
+    log_start = _log_size()
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError) as error:  # pydantic's ValidationError is a ValueError
+        raise FatalStartError(f"vLLM refuses {settings.path}: {_one_line(str(error))}") from error
+    except Exception as error:  # whatever an engine's start may raise: the host decides whether to try again
+        cause = _last_error_in_log(log_start)
+        reason = cause or _one_line(str(error)) or type(error).__name__
+        family = FatalStartError if cause and cause.startswith(("ValueError", "OSError")) else StartError
+        raise family(f"the engine of {settings.model!r} did not start: {reason}") from error
+
+
+def _one_line(text: str) -> str:
+    """A pydantic report's "Value error, ..." line, else the first line; at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "")
+    return re.sub(r" \[type=.*", "", told.removeprefix("Value error, "))[:300]
+
+
+def _log_size() -> int:
+    """Bytes so far in the file behind stderr, -1 where that is no file. Engine processes write there too."""
+    try:
+        return os.fstat(2).st_size if Path(os.readlink("/proc/self/fd/2")).is_file() else -1
+    except OSError:
+        return -1
+
+
+def _last_error_in_log(start: int) -> str | None:
+    """The engine processes' own complaint: vLLM only says "see root cause above", which is in the log."""
+    if start < 0:
+        return None
+    try:
+        with open(os.readlink("/proc/self/fd/2"), "rb") as log:
+            log.seek(start)
+            text = log.read().decode(errors="replace")
+    except OSError:
+        return None
+    found = re.findall(r"\b((?:[A-Za-z_.]*(?:Error|Exception)): (?!Engine core initialization).+)", text)
+    return found[-1][:300] if found else None

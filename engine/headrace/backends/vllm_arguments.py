@@ -1,0 +1,108 @@
+"""A replica's settings as vLLM's own command line, so that vLLM's parser checks every value.
+
+Pure but for `parse`, which imports vLLM (seconds).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from headrace.errors import FatalStartError
+
+OWNED = {
+    "api_key": "nothing: replicas take the fleet's internal token only",
+    "distributed_executor_backend": "nothing: it follows from the devices",
+    "host": "gateway.host",
+    "kv_events_config": "nothing: the router needs the events as they are",
+    "model": "models[].source",
+    "pipeline_parallel_size": "pools[].pipeline_parallel",
+    "port": "gateway.port",
+    "served_model_name": "models[].name",
+    "tensor_parallel_size": "pools[].tensor_parallel",
+}
+"""Engine arguments that Headrace sets itself, and where the user says what they should be."""
+
+ANY_PORT = "tcp://*:0"
+"""The one form for which vLLM's event publisher binds the node's own address (VLLM_HOST_IP) on a free port:
+`tcp://host:port` connects instead of binding, and `tcp://*:PORT` would listen on every interface."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """One vLLM engine. `arguments` are vLLM's engine arguments by their Python names."""
+
+    model: str  # served name
+    path: str  # folder or Hugging Face id
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    executor: str | None = None  # "mp", "ray", None: vLLM's choice
+
+    @property
+    def has_kv_events(self) -> bool:
+        """Without prefix caching there is nothing to tell a router."""
+        return self.arguments.get("enable_prefix_caching", True) is not False
+
+
+def command_line(settings: EngineSettings) -> list[str]:
+    """The arguments of `vllm serve`. Raises FatalStartError for an argument that is Headrace's own to set."""
+    words = ["--model", settings.path, "--served-model-name", settings.model]
+    words += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+    words += ["--pipeline-parallel-size", str(settings.pipeline_parallel)]
+    if settings.executor is not None:
+        words += ["--distributed-executor-backend", settings.executor]
+    # Statistics reach our own logger and Prometheus either way; this only silences the log lines.
+    words += ["--disable-log-stats", "--enable-logging-iteration-details", "--enable-prompt-tokens-details"]
+    if settings.has_kv_events:
+        events = {"enable_kv_cache_events": True, "endpoint": ANY_PORT, "replay_endpoint": ANY_PORT}
+        words += ["--kv-events-config", json.dumps(events)]
+    for name, value in settings.arguments.items():
+        words += _option(name.replace("-", "_"), value)
+    return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if name in OWNED:
+        raise FatalStartError(f"engine argument {name!r} cannot be set here; set {OWNED[name]}")
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [flag, *(item if isinstance(item, str) else json.dumps(item) for item in value)]
+    return [flag, str(value)]
+
+
+def parse(settings: EngineSettings) -> Namespace:
+    """The namespace that vLLM's server functions take. Raises FatalStartError with vLLM's own complaint."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        """Raises where argparse would print its usage and exit."""
+
+        def error(self, message: str) -> NoReturn:
+            known = [action.dest for action in self._actions]
+            raise FatalStartError(f"pools[].engine of model {settings.model!r}: {explain(message, known)}")
+
+    namespace: Namespace = make_arg_parser(Parser()).parse_args(command_line(settings))
+    return namespace
+
+
+def explain(message: str, known: list[str]) -> str:
+    """argparse's complaint in one line, in the user's terms: Python names, and the nearest one for a typo."""
+    unknown = re.match(r"unrecognized arguments: --(?:no-)?([a-z0-9-]+)", message)
+    if unknown is None:
+        return " ".join(message.split())
+    name = unknown[1].replace("-", "_")
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"vLLM has no engine argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
