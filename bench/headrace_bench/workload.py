@@ -12,6 +12,7 @@ The plan of a seed is always the same, to the byte; nothing here reads a clock o
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -151,18 +152,20 @@ def _replayed_turn(record: TraceRecord, spec: Replay, calibration: Calibration, 
     output_tokens = max(1, round(record.output_tokens * spec.output_scale))
     if spec.max_output_tokens is not None:
         output_tokens = min(output_tokens, spec.max_output_tokens)
-    words = calibration.words_for(tokens)
-    # The chat template's tokens come out of the last block, so that the leading blocks stay whole and shared.
-    block_words = calibration.words_for(BLOCK_TOKENS * spec.token_scale, with_overhead=False)
+    block_words = BLOCK_TOKENS * spec.token_scale / calibration.tokens_per_word
+    hash_ids = record.hash_ids[: math.ceil(tokens / (BLOCK_TOKENS * spec.token_scale))]
+    # The chat template's tokens come out of the last block, so that the leading blocks stay whole and shared; a
+    # word of it is left, or prompts that differ in their last block only would be one prompt.
+    words = max(calibration.words_for(tokens), round((len(hash_ids) - 1) * block_words) + 1)
     text = []
-    left = words
-    for hash_id in record.hash_ids:
-        if left <= 0:
-            break
-        text.append(Passage(f"block/{hash_id}", min(left, block_words)))
-        left -= block_words
-    if left > 0:  # no ids, or rounding left a few words over
-        text.append(Passage(f"request/{index}", left))
+    begin = 0
+    for number, hash_id in enumerate(hash_ids, 1):
+        # Edges are rounded, not lengths: half a word per block would add up over a long prompt.
+        end = words if number == len(hash_ids) else round(number * block_words)
+        text.append(Passage(f"block/{hash_id}", end - begin))
+        begin = end
+    if not hash_ids:
+        text.append(Passage(f"request/{index}", words))
     return Turn(tuple(text), output_tokens, calibration.tokens_of(words))
 
 

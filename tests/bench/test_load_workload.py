@@ -114,7 +114,7 @@ def test_a_replayed_prompt_is_as_long_as_its_record(
     words = sum(passage.words for passage in one.turns[0].user)
     assert len(first_text(0, one).split()) == words
     wanted = tokens * scale
-    assert abs(words * slope + base - wanted) <= slope + 1 or words == 1
+    assert -slope - 1 <= words * slope + base - wanted <= slope + 1 + base
 
 
 def test_long_prompts_and_outputs_of_a_trace_are_cut() -> None:
