@@ -16,6 +16,7 @@ import contextlib
 import multiprocessing
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _gather(job: LoadJob, pipes: Sequence[Pipe], progress: Callable[[Counts], No
 def _expect_ready(pipe: Pipe) -> None:
     try:
         kind, value = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         kind, value = "failed", "it died while starting"
     if kind != "ready":
         raise Bug(f"a client process failed: {value}")
@@ -130,7 +131,7 @@ def _expect_ready(pipe: Pipe) -> None:
 def _take(pipe: Pipe, counts: dict[Pipe, Counts], results: dict[Pipe, DriverResult]) -> None:
     try:
         kind, value = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise Bug("a client process died without a report") from None
     if kind == "counts":
         counts[pipe] = value
@@ -171,11 +172,14 @@ async def _drive(job: LoadJob, pipe: Pipe) -> None:
     pipe.send(("ready", None))
     began_s: Any = await loop.run_in_executor(None, pipe.recv)
 
-    def stop() -> None:
-        loop.remove_reader(pipe.fileno())
-        driver.stop()
+    def listen() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: everything has ended
+            loop.call_soon_threadsafe(driver.stop)
 
-    loop.add_reader(pipe.fileno(), stop)
+    # A thread, not the loop's add_reader, which would make the pipe non-blocking and cut a large report short.
+    threading.Thread(target=listen, daemon=True).start()
 
     async def tell() -> None:
         while True:
@@ -187,6 +191,5 @@ async def _drive(job: LoadJob, pipe: Pipe) -> None:
         result = await driver.run(float(began_s))
     finally:
         telling.cancel()
-        loop.remove_reader(pipe.fileno())
     pipe.send(("counts", driver.counts))
     pipe.send(("done", result))

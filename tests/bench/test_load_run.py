@@ -281,6 +281,13 @@ async def test_client_processes_share_the_work(processes: int) -> None:
     assert (told[-1].ended, told[-1].in_flight, run.dropped, run.stopped) == (12, 0, 0, False)
 
 
+async def test_a_report_larger_than_a_pipe_arrives_whole() -> None:
+    plan = plan_synthetic(Synthetic(50, Span(4, 4), Span(2000, 2000)), Calibration(), 0)
+    async with running(Echo()) as url:
+        run = await asyncio.to_thread(run_load, job_of(url, plan, users=8), 1)
+    assert [len(outcome.gaps_s) for outcome in run.outcomes] == [1999] * 50
+
+
 def test_splitting_a_job_loses_no_conversation_and_no_user() -> None:
     job = job_of("http://a", plan_synthetic(SMALL, Calibration(), 0), users=7)
     parts = split_job(job, 3)
