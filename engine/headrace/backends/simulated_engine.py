@@ -31,10 +31,11 @@ class Step(NamedTuple):
 
     duration_s: float
     prefill_tokens: int
+    decode_sequences: int  # those that prefilled their last token also emit, but are not counted here
     context_tokens: int
     emitted: list[str]  # requests that produced `rounds` tokens each
     finished: list[str]  # of those, the ones that produced their last
-    admitted: list[str]  # requests that left the queue
+    admitted: dict[str, int]  # requests that left the queue, with the prompt tokens found cached at first
     preempted: list[str]
     events: list[CacheEvent]
     rounds: int = 1  # iterations that this step stands for; more than 1 only after a leap
@@ -114,11 +115,6 @@ class SimulatedEngine:
         """Share of blocks held by sequences, 0 to 1."""
         return 1.0 - self.cache.num_free / self.cache.num_blocks
 
-    def cached_tokens(self, request_id: str) -> int:
-        """Prompt tokens that an admitted request found in the cache; 0 for any other."""
-        sequence = self._sequences.get(request_id)
-        return max(0, sequence.cached_tokens) if sequence else 0
-
     def add(
         self, request_id: str, prompt_tokens: int, answer_tokens: int, block_hashes: Sequence[int] = ()
     ) -> None:
@@ -173,11 +169,11 @@ class SimulatedEngine:
             return leap
         emitted: list[str] = []
         finished: list[str] = []
-        admitted: list[str] = []
+        admitted: dict[str, int] = {}
         preempted: list[str] = []
         scheduled: list[_Sequence] = []
         budget = self.settings.max_batched_tokens
-        prefill_tokens = context_tokens = index = 0
+        prefill_tokens = prefills = context_tokens = index = 0
         running = self._running
         while index < len(running) and budget > 0:
             sequence = running[index]
@@ -185,7 +181,9 @@ class SimulatedEngine:
             if not self._make_room(sequence, tokens, preempted):
                 break
             context_tokens += sequence.computed
-            prefill_tokens += self._compute(sequence, tokens)
+            if computed := self._compute(sequence, tokens):
+                prefill_tokens += computed
+                prefills += 1
             scheduled.append(sequence)
             budget -= tokens
             index += 1
@@ -193,11 +191,13 @@ class SimulatedEngine:
             sequence = next(iter(self._waiting.values()))
             if not self._admit(sequence):
                 break
-            admitted.append(sequence.request_id)
+            admitted[sequence.request_id] = sequence.cached_tokens
             tokens = min(sequence.known_tokens - sequence.computed, budget)
             self._make_room(sequence, tokens, preempted)
             context_tokens += sequence.computed
-            prefill_tokens += self._compute(sequence, tokens)
+            if computed := self._compute(sequence, tokens):
+                prefill_tokens += computed
+                prefills += 1
             scheduled.append(sequence)
             budget -= tokens
         for sequence in scheduled:
@@ -208,10 +208,19 @@ class SimulatedEngine:
                     finished.append(sequence.request_id)
         self._finish(finished)
         self.generation_tokens_total += len(emitted)
-        duration_s = self.timing.duration_s(prefill_tokens, len(emitted), context_tokens)
+        decodes = len(scheduled) - prefills
+        duration_s = self.timing.duration_s(prefill_tokens, decodes, context_tokens)
         events = self.cache.take_events()
         return Step(
-            duration_s, prefill_tokens, context_tokens, emitted, finished, admitted, preempted, events
+            duration_s,
+            prefill_tokens,
+            decodes,
+            context_tokens,
+            emitted,
+            finished,
+            admitted,
+            preempted,
+            events,
         )
 
     def check_integrity(self) -> None:
@@ -256,7 +265,7 @@ class SimulatedEngine:
         self._finish(finished)
         self.generation_tokens_total += len(emitted) * rounds
         events = self.cache.take_events()
-        return Step(duration_s, 0, total_context, emitted, finished, [], [], events, rounds)
+        return Step(duration_s, 0, len(running), total_context, emitted, finished, {}, [], events, rounds)
 
     def _count_hits(self, sequence: _Sequence) -> int:
         # At least one token must be computed to produce the next, so a fully resident prompt loses its last

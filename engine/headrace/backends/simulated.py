@@ -1,0 +1,132 @@
+"""A backend without a model: the simulated engine behind OpenAI's API, in this process.
+
+HTTP ──> FrontDoor ──> SimulatedApi ──> SimulatedLoop ──> SimulatedEngine
+                                          ├──> LoadPublisher      load reports
+                                          └──> KvEventPublisher   cache events, as vLLM sends them
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+
+import zmq
+
+from headrace.backends.asgi_server import AsgiServer
+from headrace.backends.base import Progress, Started
+from headrace.backends.front_door import FrontDoor
+from headrace.backends.kv_event_publisher import KvEventPublisher
+from headrace.backends.load_publisher import LoadPublisher
+from headrace.backends.simulated_api import SimulatedApi
+from headrace.backends.simulated_engine import Step
+from headrace.backends.simulated_loop import SimulatedLoop
+from headrace.config import SimulatedEngine as Settings
+from headrace.errors import ReplicaUnhealthy, StartError
+from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
+
+
+class SimulatedBackend:
+    """Implements `headrace.backends.base.Backend`. One start per object."""
+
+    def __init__(
+        self,
+        config: Settings,
+        model: str,
+        replica_id: ReplicaId,
+        *,
+        host: str = "127.0.0.1",
+        internal_token: str | None = None,
+        report_interval_s: float = 0.1,
+    ) -> None:
+        """`host` is an address of this node that gateways reach; without a token everybody is answered."""
+        self._replica_id = replica_id
+        self._boot_id = BootId("")
+        self._config = config
+        self._load = LoadPublisher(host, report_interval_s)
+        self._kv_events = KvEventPublisher(host)
+        self._loop = SimulatedLoop(config, self._report, self._kv_events.publish)
+        self._api = SimulatedApi(self._loop, model)
+        self._door = FrontDoor(self._api, internal_token)
+        self._server = AsgiServer(self._door, host)
+        self._drained = asyncio.Event()
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def start(self, progress: Progress) -> Started:
+        """Bind free ports and answer. Raises StartError when `host` is no address of this node."""
+        began_s = time.monotonic()
+        self._boot_id = BootId(secrets.token_hex(8))
+        progress("engine")
+        try:
+            load = self._load.start()
+            kv_events, kv_replay = self._kv_events.start()
+        except zmq.ZMQError as e:
+            await self.stop()
+            raise StartError(f"cannot publish: {e}; use an address of this node as host") from e
+        self._loop.start()
+        self._report(None)
+        engine_s = time.monotonic() - began_s
+        progress("http")
+        try:
+            url = await self._server.start()
+        except StartError:
+            await self.stop()
+            raise
+        return Started(
+            endpoints=Endpoints(url, load=load, kv_events=kv_events, kv_replay=kv_replay),
+            boot_id=self._boot_id,
+            block_size=self._config.block_size,
+            num_blocks=self._config.num_blocks,
+            max_model_len=self._loop.engine.max_context,
+            phases_s=(("engine", engine_s), ("http", time.monotonic() - began_s - engine_s)),
+        )
+
+    async def check(self) -> None:
+        """Raises ReplicaUnhealthy when the engine's loop or the HTTP server has ended."""
+        for name, is_alive in (("engine", self._loop.alive), ("HTTP server", self._server.alive)):
+            if not is_alive:
+                raise ReplicaUnhealthy(f"the {name} of {self._replica_id} is not running")
+
+    def load(self) -> LoadReport | None:
+        """The newest report."""
+        return self._load.newest
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """See `Backend.stop`. A second call joins the first; without `drain_s` it ends the first one's drain."""
+        if drain_s <= 0:
+            self._drained.set()
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(self._stop(drain_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, drain_s: float) -> None:
+        self._door.close()
+        quiet = asyncio.ensure_future(self._api.wait_quiet())
+        quiet.add_done_callback(lambda _: self._drained.set())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drained.wait(), max(drain_s, 0.0))
+        quiet.cancel()
+        await self._loop.stop()
+        await self._server.stop()
+        await self._kv_events.stop()
+        await self._load.stop()
+
+    def _report(self, step: Step | None) -> None:
+        engine = self._loop.engine
+        self._load.publish(
+            LoadReport(
+                replica_id=self._replica_id,
+                boot_id=self._boot_id,
+                sequence=0,  # the publisher's to give
+                running=engine.running,
+                waiting=engine.waiting,
+                kv_use=engine.kv_use,
+                backlog_tokens=engine.backlog_tokens,
+                prompt_tokens_total=engine.prompt_tokens_total,
+                cached_tokens_total=engine.cached_tokens_total,
+                generation_tokens_total=engine.generation_tokens_total,
+                preemptions_total=engine.preemptions_total,
+                iterations=(step.iteration,) if step else (),
+            )
+        )

@@ -1,0 +1,170 @@
+"""The pure engine in real time: a task that steps, sleeps as long as the step takes, and hands out tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from headrace.backends import simulated_cache as cache
+from headrace.backends.kv_event_wire import AllBlocksCleared, BlockRemoved, BlockStored
+from headrace.backends.simulated_engine import SimulatedEngine, Step
+from headrace.backends.simulated_tokens import hash_blocks
+from headrace.config import SimulatedEngine as Settings
+
+KvEvents = list[BlockStored | BlockRemoved | AllBlocksCleared]
+
+CATCH_UP_S = 0.05
+"""How far behind its own schedule the engine may run and still catch up; timers are late by about 1 ms each."""
+
+
+class Generation:
+    """One answer in the making. Read with `next_tokens` by one task."""
+
+    def __init__(self, request_id: str, prompt: Sequence[int], answer: list[int], salt: str) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.answer = answer
+        self.salt = salt
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.produced = 0
+        self.is_cut = False  # ended before its last token, by an abort or a stop
+        self._read = 0
+        self._news = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything produced has been read and nothing will follow."""
+        return self._read == self.produced == len(self.answer)
+
+    async def next_tokens(self) -> list[int]:
+        """Tokens produced since the last call, at least one; [] once nothing will follow."""
+        while self._read == self.produced:
+            if self.is_cut or self.produced == len(self.answer):
+                return []
+            self._news.clear()
+            await self._news.wait()
+        start, self._read = self._read, self.produced
+        return self.answer[start : self._read]
+
+    def emit(self) -> None:
+        self.produced += 1
+        self._news.set()
+
+    def cut(self) -> None:
+        self.is_cut = True
+        self._news.set()
+
+
+class SimulatedLoop:
+    """Owns a `SimulatedEngine` and the generations in it. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_change: Callable[[Step | None], None],
+        on_kv_events: Callable[[KvEvents], None],
+    ) -> None:
+        """`on_change` is called after each step, and with None after each arrival and abort."""
+        self.engine = SimulatedEngine(settings)
+        self._on_change = on_change
+        self._on_kv_events = on_kv_events
+        self._generations: dict[str, Generation] = {}
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine is stepping or ready to."""
+        return self._task is not None and not self._task.done()
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def submit(self, request_id: str, prompt: Sequence[int], answer: list[int], salt: str = "") -> Generation:
+        """Queue a request whose answer is known already. Raises ValueError when it can never run."""
+        generation = Generation(request_id, prompt, answer, salt)
+        hashes = hash_blocks([*prompt, *answer], self.engine.settings.block_size, salt)
+        self.engine.add(request_id, len(prompt), len(answer), hashes)
+        self._generations[request_id] = generation
+        self._arrived.set()
+        self._on_change(None)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """Drop a request and free its blocks; nothing happens when it is over. Always safe."""
+        if self._generations.pop(generation.request_id, None) is not None:
+            self.engine.abort(generation.request_id)
+            generation.cut()
+            self._on_change(None)
+
+    def clear_cache(self) -> bool:
+        """Forget every resident block and announce it. False while requests run."""
+        cleared = self.engine.clear_cache()
+        self._on_kv_events(self._translate(self.engine.take_events()))
+        return cleared
+
+    async def stop(self) -> None:
+        """End the loop and cut every generation. Safe twice and before `start`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._cut_all()
+
+    async def _run(self) -> None:
+        clock = asyncio.get_running_loop().time
+        end_s = clock()
+        try:
+            while True:
+                step = self.engine.step()
+                if step is None:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+                    end_s = clock()
+                    continue
+                # Translated now: an abort during the sleep would take the request's tokens away.
+                kv_events = self._translate(step.events)
+                end_s = max(end_s, clock() - CATCH_UP_S) + step.duration_s
+                await asyncio.sleep(max(0.0, end_s - clock()))
+                self._deliver(step)
+                self._on_kv_events(kv_events)
+                self._on_change(step)
+        finally:
+            self._cut_all()
+
+    def _deliver(self, step: Step) -> None:
+        for request_id, cached_tokens in step.admitted.items():
+            if generation := self._generations.get(request_id):
+                generation.cached_tokens = cached_tokens
+        for request_id in step.emitted:
+            if generation := self._generations.get(request_id):
+                generation.emit()
+        for request_id in step.finished:
+            self._generations.pop(request_id, None)
+
+    def _cut_all(self) -> None:
+        for generation in list(self._generations.values()):
+            self.abort(generation)
+
+    def _translate(self, events: Sequence[cache.CacheEvent]) -> KvEvents:
+        return [self._to_wire(event) for event in events]
+
+    def _to_wire(self, event: cache.CacheEvent) -> BlockStored | BlockRemoved | AllBlocksCleared:
+        if isinstance(event, cache.Removed):
+            return BlockRemoved(list(event.hashes), medium="GPU", group_idx=0)
+        if isinstance(event, cache.Cleared):
+            return AllBlocksCleared()
+        generation = self._generations[event.request_id]
+        block_size = self.engine.settings.block_size
+        num_blocks = len(event.hashes)
+        start, end = event.first_block * block_size, (event.first_block + num_blocks) * block_size
+        num_prompt = len(generation.prompt)
+        tokens = list(generation.prompt[start:end])
+        tokens += generation.answer[max(0, start - num_prompt) : max(0, end - num_prompt)]
+        # As vLLM: the salt stands with a request's first block only, None with every other.
+        extra_keys: list[tuple[str, ...] | None] = [None] * num_blocks
+        if event.first_block == 0 and generation.salt:
+            extra_keys[0] = (generation.salt,)
+        return BlockStored(
+            list(event.hashes), event.parent, tokens, block_size, lora_id=None, medium="GPU", lora_name=None,
+            extra_keys=extra_keys, group_idx=0, kv_cache_spec_kind="full_attention",
+        )  # fmt: skip
