@@ -6,34 +6,53 @@
     │   └── pools[]    role, replica count, devices, engine arguments
     └── gateway    address, routing policy, limits, timeouts
 
-Defaults stand here and nowhere else. `load` reads a file, `parse` takes a mapping; both raise `ConfigError`.
+Defaults stand here and nowhere else. `load` reads a file, `parse` takes a mapping, `node` takes one branch; all
+raise `ConfigError` with every problem found, one per line. Nothing is read from the environment.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headrace.config_file import ConfigFile
+from headrace.config_problems import Problem, describe
+from headrace.errors import ConfigError
 from headrace_router.types import Role
 
 
 class Tree(BaseModel):
-    """A frozen node that rejects unknown keys."""
+    """A frozen node. Unknown keys are rejected, and so is `port: yes`: YAML's types must be the field's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Lenient = Field(strict=False)
+"""For tuples and enums, which YAML writes as lists and strings."""
 
 
 class Pool(Tree):
     """The replicas of one model in one role."""
 
-    role: Role = Role.UNIFIED
-    replicas: int | Literal["per_core"] = Field(1, description="How many; `per_core`: one per CPU core, at most 2.")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel: int = Field(1, ge=1, le=64)
-    pipeline_parallel: int = Field(1, ge=1, le=64)
-    cpus: float = Field(1.0, ge=0, le=1024, description="Cores of one replica; bound to it when whole and on CPU.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments, by their Python names.")
+    role: Annotated[Role, Lenient] = Role.UNIFIED
+    replicas: Annotated[int, Field(ge=1, le=4096)] | Literal["per_core"] = Field(
+        1, description="How many; `per_core`: one per CPU core, at most 2."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda where there is a GPU.")
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share each layer of one replica.")
+    pipeline_parallel: int = Field(
+        1, ge=1, le=64, description="Groups of GPUs that share a replica's layers."
+    )
+    cpus: float = Field(
+        1.0, ge=0, le=1024, description="Cores of one replica; bound to it when whole and on CPU."
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM engine arguments, by their Python names: `max_model_len: 4096`.",
+    )
 
 
 class SimulatedEngine(Tree):
@@ -42,11 +61,13 @@ class SimulatedEngine(Tree):
     + context_token_s * context_tokens` seconds.
     """
 
-    block_size: int = Field(16, ge=1, le=4096)
-    num_blocks: int = Field(4096, ge=1)
-    max_batched_tokens: int = Field(2048, ge=1)
-    max_running: int = Field(256, ge=1)
-    max_model_len: int = Field(32768, ge=1)
+    block_size: int = Field(16, ge=1, le=4096, description="Tokens per KV block.")
+    num_blocks: int = Field(4096, ge=1, le=2**31, description="KV blocks of one replica.")
+    max_batched_tokens: int = Field(
+        2048, ge=1, le=2**31, description="Most tokens computed in one iteration."
+    )
+    max_running: int = Field(256, ge=1, le=65536, description="Most requests in the batch.")
+    max_model_len: int = Field(32768, ge=1, le=2**31, description="Tokens, prompt and answer together.")
     step_s: float = Field(0.005, ge=0, le=60)
     prefill_token_s: float = Field(0.0000625, ge=0, le=1)
     decode_sequence_s: float = Field(0.0002, ge=0, le=1)
@@ -58,22 +79,34 @@ class Model(Tree):
 
     name: str = Field(min_length=1, max_length=256, description="What clients send as `model`.")
     backend: Literal["vllm", "simulated", "external"] = "vllm"
-    source: str = Field("embedded", description="`embedded`, a folder, or a Hugging Face id. vLLM only.")
-    pools: tuple[Pool, ...] = (Pool(),)
+    source: str = Field(
+        "embedded", min_length=1, description="`embedded`, a folder, or a Hugging Face id. vLLM only."
+    )
+    pools: Annotated[tuple[Pool, ...], Lenient] = Field((Pool(),), min_length=1)
     simulated: SimulatedEngine = SimulatedEngine()
-    urls: tuple[str, ...] = Field((), description="Servers that already run. External only.")
+    urls: Annotated[tuple[str, ...], Lenient] = Field(
+        (), description="Servers that already run. External only."
+    )
     api_key: str | None = Field(None, description="Sent to external servers instead of the client's own key.")
 
 
 class Fleet(Tree):
     """The replicas as a whole."""
 
-    name: str = Field("headrace", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    start_timeout_s: float = Field(600.0, gt=0, le=86400)
-    drain_timeout_s: float = Field(30.0, ge=0, le=86400)
+    name: str = Field(
+        "headrace",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Lower-case letters, digits and hyphens.",
+    )
+    start_timeout_s: float = Field(600.0, gt=0, le=86400, description="Longest start of one replica.")
+    drain_timeout_s: float = Field(30.0, ge=0, le=86400, description="What runs may finish for this long.")
     report_interval_s: float = Field(0.1, ge=0.01, le=10, description="Longest silence between load reports.")
-    dead_after_s: float = Field(0.8, gt=0, le=60, description="Silence after which a replica leaves the view.")
-    max_restart_backoff_s: float = Field(60.0, gt=0, le=3600)
+    dead_after_s: float = Field(
+        0.8, gt=0, le=60, description="Silence after which a replica leaves the view."
+    )
+    max_restart_backoff_s: float = Field(
+        60.0, gt=0, le=3600, description="Longest wait before a replacement."
+    )
 
 
 class Limits(Tree):
@@ -87,10 +120,14 @@ class Limits(Tree):
 class Timeouts(Tree):
     """Seconds."""
 
-    head_s: float = Field(10.0, gt=0, le=3600, description="From a request's first byte to the end of its head.")
+    head_s: float = Field(
+        10.0, gt=0, le=3600, description="From a request's first byte to the end of its head."
+    )
     body_s: float = Field(60.0, gt=0, le=3600, description="Longest pause while the body arrives.")
     connect_s: float = Field(2.0, gt=0, le=60)
-    first_byte_s: float = Field(600.0, gt=0, le=86400, description="From sending upstream to the first byte back.")
+    first_byte_s: float = Field(
+        600.0, gt=0, le=86400, description="From sending upstream to the first byte back."
+    )
     idle_s: float = Field(300.0, gt=0, le=86400, description="Longest upstream silence within an answer.")
     client_stall_s: float = Field(600.0, gt=0, le=86400, description="Longest time a client may not read.")
     keep_alive_s: float = Field(75.0, gt=0, le=3600)
@@ -99,12 +136,14 @@ class Timeouts(Tree):
 class Gateway(Tree):
     """The HTTP front."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     policy: Literal["round_robin", "random", "least_loaded", "power_of_two"] = "least_loaded"
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
-    retries: int = Field(2, ge=0, le=10, description="Other replicas tried before the first byte of an answer.")
+    retries: int = Field(
+        2, ge=0, le=10, description="Other replicas tried before the first byte of an answer."
+    )
     access_log: bool = True
     seed: int = Field(0, description="Of the policies that draw lots.")
 
@@ -113,5 +152,60 @@ class Config(Tree):
     """The whole configuration."""
 
     fleet: Fleet = Fleet()
-    models: tuple[Model, ...] = Field(min_length=1)
+    models: Annotated[tuple[Model, ...], Lenient] = Field(min_length=1)
     gateway: Gateway = Gateway()
+
+
+Node = TypeVar("Node", bound=Tree)
+
+
+def load(path: str | Path) -> Config:
+    """The configuration in a YAML file. A problem is told with the line and column where it stands."""
+    file = ConfigFile.read(Path(path))
+    config, problems = _validate(Config, file.value)
+    if config is not None:
+        problems = _contradictions(config)
+    if problems or config is None:
+        placed = sorted((file.position(problem.path), str(problem)) for problem in problems)
+        raise ConfigError("\n".join(f"{path}:{line}:{column}: {text}" for (line, column), text in placed))
+    return config
+
+
+def parse(mapping: Mapping[str, Any]) -> Config:
+    """The configuration in a mapping, as YAML would give it."""
+    config = node(Config, mapping)
+    if problems := _contradictions(config):
+        raise ConfigError("\n".join(map(str, problems)))
+    return config
+
+
+def node(kind: type[Node], mapping: Mapping[str, Any], *, at: str = "") -> Node:
+    """One branch of the tree, `at` the key path that messages name: `node(Gateway, {...}, at="gateway")`."""
+    value, problems = _validate(kind, mapping)
+    if value is None:
+        prefix = f"{at}." if at else ""
+        raise ConfigError("\n".join(f"{prefix}{problem}" for problem in problems))
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema for editors, committed as `configs/schema.json`."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(),
+        "title": "Headrace configuration",
+    }
+
+
+def _validate(kind: type[Node], value: object) -> tuple[Node | None, tuple[Problem, ...]]:
+    try:
+        return kind.model_validate(value), ()
+    except ValidationError as error:
+        return None, describe(kind, error)
+
+
+def _contradictions(config: Config) -> tuple[Problem, ...]:
+    # Imported here because it reads the tree's classes, and the tree has to stand before they can be read.
+    from headrace.config_rules import contradictions
+
+    return contradictions(config)

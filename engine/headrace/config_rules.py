@@ -1,0 +1,136 @@
+"""What no single field can know: the parts of a configuration that contradict each other. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from headrace.backends.vllm_arguments import OWNED
+from headrace.config import Config, Model, Pool
+from headrace.config_file import KeyPath
+from headrace.config_problems import Problem, dotted
+from headrace_router.types import Role
+
+ONLY_FOR = {"source": "vllm", "simulated": "simulated", "urls": "external", "api_key": "external"}
+"""Keys of a model that mean something to one backend."""
+
+
+def contradictions(config: Config) -> tuple[Problem, ...]:
+    """Every contradiction, in the order of the tree."""
+    return tuple(_of_config(config))
+
+
+def _of_config(config: Config) -> Iterator[Problem]:
+    fleet = config.fleet
+    if fleet.dead_after_s < 2 * fleet.report_interval_s:
+        yield Problem(
+            ("fleet", "dead_after_s"),
+            f"fleet.dead_after_s is {fleet.dead_after_s}; it must be at least {2 * fleet.report_interval_s}, twice "
+            "fleet.report_interval_s, or a healthy replica that is late once would be taken for dead",
+        )
+    names = Counter(model.name for model in config.models)
+    for index, model in enumerate(config.models):
+        path: KeyPath = ("models", index)
+        if names[model.name] > 1:
+            yield Problem(
+                (*path, "name"), f"{dotted(path)}.name {model.name!r} is used by {names[model.name]} models"
+            )
+        yield from _of_model(model, path)
+
+
+def _of_model(model: Model, path: KeyPath) -> Iterator[Problem]:
+    here = dotted(path)
+    for key, backend in ONLY_FOR.items():
+        if key in model.model_fields_set and model.backend != backend:
+            yield Problem(
+                (*path, key),
+                f"{here}.{key} means something only with backend '{backend}'; the backend of {model.name!r} is "
+                f"'{model.backend}': remove the key or change the backend",
+            )
+    if model.backend == "external":
+        yield from _of_urls(model, path)
+        if "pools" in model.model_fields_set:
+            yield Problem(
+                (*path, "pools"),
+                f"{here}.pools: headrace starts no replicas of an external model; remove the key",
+            )
+        return
+    if model.backend == "simulated":
+        yield from _of_simulated(model, path)
+    roles = Counter(pool.role for pool in model.pools)
+    for index, pool in enumerate(model.pools):
+        pool_path: KeyPath = (*path, "pools", index)
+        if roles[pool.role] > 1:
+            yield Problem(
+                (*pool_path, "role"),
+                f"{dotted(pool_path)}: {model.name!r} has {roles[pool.role]} pools with role '{pool.role}'; it may "
+                "have one of each role: raise 'replicas' instead",
+            )
+        yield from _of_pool(pool, model, pool_path)
+    for role, partner in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
+        if role in roles and partner not in roles:
+            yield Problem(
+                (*path, "pools"),
+                f"{here}.pools: {model.name!r} has a pool with role '{role}' and none with '{partner}'",
+            )
+
+
+def _of_pool(pool: Pool, model: Model, path: KeyPath) -> Iterator[Problem]:
+    here = dotted(path)
+    workers = pool.tensor_parallel * pool.pipeline_parallel
+    if pool.device == "cpu" and 1 < workers and pool.cpus < workers:
+        yield Problem(
+            (*path, "cpus"),
+            f"{here}.cpus is {pool.cpus:g}; on device 'cpu' it must be at least {workers}, a core for each of "
+            "tensor_parallel * pipeline_parallel workers",
+        )
+    if model.backend == "simulated" and pool.engine:
+        yield Problem(
+            (*path, "engine"),
+            f"{here}.engine holds vLLM's arguments; {model.name!r} has none: use 'simulated'",
+        )
+        return
+    for name in pool.engine:
+        if setting := OWNED.get(name.replace("-", "_")):
+            yield Problem((*path, "engine", name), f"{here}.engine.{name} cannot be set here; set {setting}")
+
+
+def _of_urls(model: Model, path: KeyPath) -> Iterator[Problem]:
+    if not model.urls:
+        yield Problem(
+            (*path, "urls"), f"{dotted(path)}.urls is empty; an external model needs at least one URL"
+        )
+    for index, url in enumerate(model.urls):
+        url_path = (*path, "urls", index)
+        if model.urls.index(url) != index:
+            yield Problem(url_path, f"{dotted(url_path)} {url!r} stands twice")
+        elif fault := _fault_of_url(url):
+            yield Problem(url_path, f"{dotted(url_path)} is {url!r}; {fault}")
+
+
+def _fault_of_url(url: str) -> str | None:
+    form = "it must be of the form http://HOST:PORT"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"{form} ({error})"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return form
+    if parts.username or parts.query or parts.fragment or any(letter.isspace() for letter in url):
+        return f"{form}, without user, query or fragment"
+    if parts.path.rstrip("/").endswith("/v1"):
+        return "leave out /v1, clients send it"
+    return None
+
+
+def _of_simulated(model: Model, path: KeyPath) -> Iterator[Problem]:
+    engine = model.simulated
+    capacity = engine.block_size * engine.num_blocks
+    if engine.max_model_len > capacity:
+        yield Problem(
+            (*path, "simulated", "max_model_len"),
+            f"{dotted(path)}.simulated.max_model_len is {engine.max_model_len}; it must be at most {capacity}, what "
+            f"num_blocks {engine.num_blocks} of block_size {engine.block_size} hold",
+        )
