@@ -26,6 +26,9 @@ from headrace_bench.load_probe import ServerFacts, probe
 from headrace_bench.load_report import Report, print_report, write_folder, write_json
 from headrace_bench.load_summary import summarise
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it. What had ended by then is reported all the same."""
+
 PLAIN_LINE_S = 5.0
 """Where the screen is no terminal, progress is a line this often."""
 
@@ -47,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when a measured request succeeded, else 1. Raises `HeadraceError` before the load begins."""
+    """0 when a measured request succeeded, else 1; 130 after Ctrl-C. Raises `HeadraceError` before the load begins."""
     bench_options.check(args)
     slo = bench_options.objectives(args)
     body = bench_options.extra_body(args)
@@ -92,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
             screen.print(f"report: {write_folder(report, done.outcomes, Path(args.report))}", highlight=False)
     except OSError as error:
         raise CallerError(f"the report cannot be written: {error}") from error
+    if done.stopped:
+        return INTERRUPTED
     return 0 if report.summary.succeeded else 1
 
 
