@@ -1,4 +1,4 @@
-"""CPU time and memory of a process tree, read from /proc (Linux only).
+"""CPU time and memory of process trees, read from /proc (Linux only).
 
 `schedstat` counts nanoseconds on a core; `stat`'s ticks of 10 ms would be too coarse for windows of a second.
 Threads that ended before a reading are not in it: the gateways measured here keep theirs.
@@ -6,10 +6,12 @@ Threads that ended before a reading are not in it: the gateways measured here ke
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PROC = Path("/proc")
-PAGE_BYTES = 4096
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 def parse_schedstat(text: str) -> int:
@@ -20,6 +22,21 @@ def parse_schedstat(text: str) -> int:
 def parse_resident_bytes(statm: str) -> int:
     """Resident bytes from a `statm` file (sizes in pages: total, resident, shared, ...)."""
     return int(statm.split()[1]) * PAGE_BYTES
+
+
+def parse_busy_ns(stat: str) -> int:
+    """Nanoseconds that all cores together have worked, from the first line of `/proc/stat`, in steps of a tick.
+
+    Its columns: user, nice, system, idle, iowait, irq, softirq, steal. Idle and iowait are not work, and steal
+    was another machine's.
+    """
+    ticks = [int(number) for number in stat.split("\n", 1)[0].split()[1:]]
+    return (sum(ticks[:3]) + sum(ticks[5:7])) * TICK_NS
+
+
+def busy_ns(proc: Path = PROC) -> int:
+    """Nanoseconds that all cores together have worked since the start of the machine."""
+    return parse_busy_ns((proc / "stat").read_text())
 
 
 def process_tree(pid: int, proc: Path = PROC) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The relay benchmark: what a gateway costs per request and per streamed token, ours beside its peers.
 
     python -m headrace_bench.relay [--rounds 5] [--quick] [--gateways headrace,vllm-router,...]
-                                   [--policy round_robin] [--prompt-bytes 1024,32768] [--out DIR] [--name NAME]
+                                   [--policy round_robin] [--prompt-bytes 1024,32768] [--patience 60]
+                                   [--out DIR] [--name NAME]
 
 Two mock backends, one gateway at a time on a core of its own, in alternation; each round starts each gateway
 afresh. The primary figures are CPU time of the gateway, from the scheduler's own count, since elapsed times
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,12 +32,14 @@ from headrace_bench import relay_report as report
 from headrace_bench.gateway_process import DidNotStart, Process, cores, start
 from headrace_bench.peers import GATEWAYS, REPOSITORY, PeerMissing, launch
 
+QUIET_CORES = 0.15  # other work above this shows in the figures
 NOTES = """
 How to read it: the median of the rounds (smallest..largest); `ratio` is to vllm-router in the same round.
 
 - CPU is that of the gateway's whole process tree, pinned to one core.
 - µs/request: unstreamed chat requests, 32 users who never pause, answers of 667 bytes. `of its core`: how busy
-  the gateway was meanwhile; far below 1 the machine had other work, requests came singly and cost more.
+  the gateway was meanwhile. `other work`: cores taken by processes outside the benchmark; above 0.2 the caches
+  were not the gateway's own, and all figures are higher than on a quiet machine.
 - µs/chunk: many slow streams at once, one write per token. `chunks/read`: tokens a client gets per read; above 1
   somebody joined them.
 - added TTFT: through the gateway less straight to the mock, one at a time.
@@ -60,15 +63,21 @@ class Plan:
     ttft_pairs: int = 300
     abort_tries: int = 3
     stall_mb: float = 50.0
+    patience_s: float = 0.0  # longest wait for a quiet machine before each turn
     fault_rounds: int = 2  # aborts and stalls: costly to measure, and the same each time
 
 
 def quick(plan: Plan) -> Plan:
     """The same in about two minutes, for a look; its spread is wider."""
-    return Plan(
-        rounds=min(plan.rounds, 2), prompt_bytes=plan.prompt_bytes, warm_s=0.5, window_s=1.5, ttft_pairs=100,
-        abort_tries=1, fault_rounds=1,
-    )  # fmt: skip
+    return replace(
+        plan,
+        rounds=min(plan.rounds, 2),
+        warm_s=0.5,
+        window_s=1.5,
+        ttft_pairs=100,
+        abort_tries=1,
+        fault_rounds=1,
+    )
 
 
 def figures(plan: Plan) -> tuple[report.Figure, ...]:
@@ -78,6 +87,7 @@ def figures(plan: Plan) -> tuple[report.Figure, ...]:
         kinds.append(report.Figure(f"request_us_{size}", f"µs/request, {_size(size)}", 1, True))
         kinds.append(report.Figure(f"requests_per_s_{size}", f"requests/s, {_size(size)}", 0))
         kinds.append(report.Figure(f"core_use_{size}", "of its core", 2))
+        kinds.append(report.Figure(f"other_cores_{size}", "other work, cores", 2))
     return (
         *kinds,
         report.Figure("chunk_us", f"µs/chunk, {plan.streams} streams", 1, True),
@@ -135,7 +145,9 @@ class Bench:
             self.console.print(f"{label} left out: {error}")
             return
         try:
-            target = measure.Target(url, process.pid, backends)
+            load_pids = (os.getpid(), *(mock.pid for mock in self.mocks))
+            target = measure.Target(url, process.pid, backends, load_pids)
+            await measure.quiet(target, QUIET_CORES, self.plan.patience_s)
             said = [
                 f"{key} {value:.1f}" for key, value in (await self._measure(target, number, samples)).items()
             ]
@@ -157,6 +169,7 @@ class Bench:
                 values[f"request_us_{size}"] = cost.cpu_us
                 values[f"requests_per_s_{size}"] = cost.per_second
                 values[f"core_use_{size}"] = cost.core_use
+                values[f"other_cores_{size}"] = cost.other_cores
             chunks = await measure.chunk_cost(target, plan.streams, plan.interval_ms, plan.window_s)
             values["chunk_us"], values["chunks_per_read"] = chunks.cpu_us, chunks.chunks_per_read
             if chunks.pace < 0.95:
@@ -199,6 +212,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--policy", default="round_robin", help="of every gateway that has it; default %(default)s"
     )
     parser.add_argument(
+        "--patience", type=float, default=0.0, metavar="S",
+        help="wait up to S seconds for a quiet machine before each turn; default 0",
+    )  # fmt: skip
+    parser.add_argument(
         "--prompt-bytes", default="1024", help="request body sizes, comma-separated; default 1024"
     )
     parser.add_argument(
@@ -238,10 +255,10 @@ def about(args: argparse.Namespace, command: Sequence[str], bench: Bench) -> dic
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parse_arguments(given)
-    plan = Plan(rounds=args.rounds, prompt_bytes=args.sizes)
+    plan = Plan(rounds=args.rounds, prompt_bytes=args.sizes, patience_s=args.patience)
     plan = quick(plan) if args.quick else plan
     console = Console(markup=False, highlight=False, soft_wrap=True)  # messages hold foreign brackets
-    facts_of_run = os.sched_getaffinity(0)
+    own_cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="headrace-relay-") as folder:
         bench = Bench(plan, args.names, args.policy, Path(folder), console)
         try:
@@ -249,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print("stopped; writing what there is")
         finally:
-            os.sched_setaffinity(0, facts_of_run)
+            os.sched_setaffinity(0, own_cores)
     measured = bench.measured()
     if not measured:
         console.print("nothing was measured")

@@ -31,6 +31,7 @@ class Target:
     url: str
     pid: int
     backends: tuple[str, ...]
+    load_pids: tuple[int, ...] = ()  # processes that make and answer the load
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class RequestCost:
     cpu_us: float  # gateway CPU per request
     per_second: float
     core_use: float  # share of one core that the gateway took
+    other_cores: float  # cores that processes outside the benchmark took meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,35 @@ class ChunkCost:
     chunks_per_read: float  # above 1 the gateway joins tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """CPU time at one moment: of the gateway, and of everything outside the benchmark. The origin is arbitrary."""
+
+    gateway_ns: int
+    others_ns: int
+    at_s: float
+
+    @classmethod
+    def now(cls, target: Target) -> Work:
+        gateway = cpu_time.cpu_ns(target.pid)
+        load = sum(cpu_time.cpu_ns(pid) for pid in target.load_pids)
+        return cls(gateway, cpu_time.busy_ns() - gateway - load, time.perf_counter())
+
+
 def _check(counter: Counter, what: str) -> None:
     if counter.errors:
         raise MeasurementFailed(f"{counter.errors} of the {what} failed, the last with: {counter.last_error}")
+
+
+async def quiet(target: Target, below_cores: float, patience_s: float) -> None:
+    """Return when other work has taken less than `below_cores` cores for a second, or after `patience_s`."""
+    deadline, before = time.monotonic() + patience_s, Work.now(target)
+    while time.monotonic() < deadline:
+        await asyncio.sleep(1)
+        after = Work.now(target)
+        if (after.others_ns - before.others_ns) / 1e9 < below_cores * (after.at_s - before.at_s):
+            return
+        before = after
 
 
 async def request_cost(
@@ -65,17 +93,17 @@ async def request_cost(
         target.url, bodies(body_bytes, BODIES, PROMPT_FAMILIES, seed=7), connections, counter
     )
     await asyncio.sleep(warm_s)
-    answers, cpu, began = counter.answers, cpu_time.cpu_ns(target.pid), time.perf_counter()
+    answers, before = counter.answers, Work.now(target)
     await asyncio.sleep(window_s)
-    answers = counter.answers - answers
-    cpu = cpu_time.cpu_ns(target.pid) - cpu
-    elapsed_s = time.perf_counter() - began
+    answers, after = counter.answers - answers, Work.now(target)
+    cpu, elapsed_s = after.gateway_ns - before.gateway_ns, after.at_s - before.at_s
     dismiss(opened)
     await asyncio.sleep(0.2)
     _check(counter, "requests")
     if answers == 0:
         raise MeasurementFailed(f"no request was answered within {window_s} s")
-    return RequestCost(cpu / answers / 1e3, answers / elapsed_s, cpu / 1e9 / elapsed_s)
+    others = max(0.0, (after.others_ns - before.others_ns) / 1e9 / elapsed_s)
+    return RequestCost(cpu / answers / 1e3, answers / elapsed_s, cpu / 1e9 / elapsed_s, others)
 
 
 async def chunk_cost(target: Target, streams: int, interval_ms: float, window_s: float) -> ChunkCost:
@@ -137,6 +165,8 @@ async def abort_ms(target: Target, tries: int, stream: bool, prefill_ms: float =
         left_ns = time.monotonic_ns()
         sock.close()
         delays.append(await _seen_leaving_ms(target.backends, aborts, left_ns, prefill_ms / 1000 + 1.0))
+        if delays[-1] < 0:
+            raise MeasurementFailed(f"the gateway cut a request {-delays[-1]:.0f} ms before its client left")
     return delays
 
 

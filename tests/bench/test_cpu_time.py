@@ -11,7 +11,12 @@ def test_schedstat_gives_nanoseconds_on_a_core() -> None:
 
 
 def test_statm_gives_resident_pages_in_bytes() -> None:
-    assert cpu_time.parse_resident_bytes("183058 153816 5241 1 0 160000 0\n") == 153816 * 4096
+    assert cpu_time.parse_resident_bytes("183058 153816 5241 1 0 160000 0\n") == 153816 * cpu_time.PAGE_BYTES
+
+
+def test_only_work_counts_as_busy_not_idling_waiting_or_what_was_stolen() -> None:
+    stat = "cpu  10 1 5 1000 300 2 3 70 0 0\ncpu0 9 9 9 9 9 9 9 9 0 0\n"
+    assert cpu_time.parse_busy_ns(stat) == 21 * cpu_time.TICK_NS
 
 
 def process(proc: Path, pid: int, threads: dict[int, int], children: str = "") -> None:
@@ -31,7 +36,7 @@ def test_a_tree_counts_all_threads_of_all_descendants(tmp_path: Path) -> None:
     process(tmp_path, 8, {8: 999999})
     assert cpu_time.process_tree(1, tmp_path) == (1, 7, 9)
     assert cpu_time.cpu_ns(1, tmp_path) == 4123
-    assert cpu_time.resident_bytes(1, tmp_path) == 3 * 10 * 4096
+    assert cpu_time.resident_bytes(1, tmp_path) == 3 * 10 * cpu_time.PAGE_BYTES
 
 
 def test_a_process_that_is_gone_counts_nothing(tmp_path: Path) -> None:
