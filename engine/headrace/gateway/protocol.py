@@ -82,25 +82,41 @@ class GatewayProtocol(HttpToolsProtocol):
             self.deadline_s = monotonic() + self._context.config.timeouts.head_s
         if self._head_bytes >= 0:  # the head is still coming
             self._head_bytes += len(data)
-            over = self._head_bytes > self._context.config.limits.head_bytes
-        else:
-            over = False
+        self._feed(data)
+        limit = self._context.config.limits.head_bytes
+        if self._head_bytes > limit and not self._deaf:
+            self._refuse(HeadTooLarge(f"the request head is over the limit of {limit} bytes"))
+
+    def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(BadRequest("protocol upgrades are not supported here"))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if not self._deaf:
                 cause = error.__cause__ or error.__context__
                 self._refuse(
                     cause if isinstance(cause, HeadraceError) else BadRequest(f"malformed HTTP: {error}")
                 )
-        if over and self._head_bytes >= 0 and not self._deaf:
-            self._refuse(
-                HeadTooLarge(
-                    f"the request head is over the limit of {self._context.config.limits.head_bytes} bytes"
-                )
-            )
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """A wish to change the protocol may be ignored (RFC 9110, 7.8); Java's client sends one by default.
+
+        The parser stops for good at such a message and skips its body, so a new one gets the same head again
+        without the wish, and what came behind it.
+        """
+        method = self.parser.get_method()
+        self.parser = httptools.HttpRequestParser(self)
+        if self._deaf:
+            return
+        if method == b"CONNECT":
+            self._refuse(BadRequest("this is not a proxy: CONNECT is not supported"))
+            return
+        head = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        for name, value in self.headers:
+            if name not in (b"upgrade", b"http2-settings"):
+                head.append(b"%b: %b\r\n" % (name, value))
+        self._feed(b"%b\r\n%b" % (b"".join(head), rest))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -143,8 +159,13 @@ class GatewayProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._deaf:
+        if self._deaf or self.parser.should_upgrade():
             return
+        limit = self._context.config.limits.head_bytes
+        if self._head_bytes > limit:  # perhaps only because some of the body came in the same read
+            head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if head_bytes > limit:
+                raise HeadTooLarge(f"the request head is {head_bytes} bytes, over the limit of {limit}")
         self._head_bytes = -1
         self.deadline_s = monotonic() + self._context.config.timeouts.body_s
         parser = self.parser
@@ -188,7 +209,7 @@ class GatewayProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._deaf:
+        if self._deaf or self.parser.should_upgrade():
             return
         self._receiving = False
         self.deadline_s = float("inf")  # the exchange has its own

@@ -144,8 +144,8 @@ class GatewayServer:
         for connection in list(self._connections):
             connection.shutdown()
         deadline_s = monotonic() + drain_s
-        while (context.active or self._connections) and monotonic() < deadline_s:
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - a look 50 times a second, once in a gateway's life
+        while (context.active or self._connections) and monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
         for exchange in list(context.active):
             exchange.cut()
         for connection in list(self._connections):
