@@ -93,7 +93,7 @@ class Router:
             return False
         load.suspended = reason
         load.suspended_until_s = until_s
-        self._rebuild(replica.model)
+        self._rebuild(load.replica.model)
         return True
 
     def tick(self, now_s: float, silence_limit_s: float) -> list[Replica]:

@@ -6,11 +6,12 @@ from collections import Counter
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace_router.load_table import ReplicaLoad
 from headrace_router.policies import POLICIES, make_policy
 from headrace_router.types import BootId, Endpoints, Replica, ReplicaId, Request, Role
-from hypothesis import given
-from hypothesis import strategies as st
 
 REQUEST = Request("m")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from headrace_router.clock import VirtualClock
 from headrace_router.load_table import Booking
 from headrace_router.policies import make_policy
@@ -17,8 +21,6 @@ from headrace_router.types import (
     Request,
     Role,
 )
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 SILENCE_S = 0.8
 
@@ -161,3 +163,4 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouterMachine = RouterMachine.TestCase
+TestRouterMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
