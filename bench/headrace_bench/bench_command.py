@@ -118,6 +118,8 @@ def _setting(args: argparse.Namespace, facts: ServerFacts, job: LoadJob) -> dict
         "users": job.users,
         "tokens_per_word": round(facts.calibration.tokens_per_word, 4),
         "overhead_tokens": round(facts.calibration.overhead_tokens, 1),
+        "system_tokens_added": round(facts.calibration.system_tokens, 1),
+        "turn_tokens_added": round(facts.calibration.turn_tokens, 1),
         "calibrated_by": facts.calibration.source,
     }
 

@@ -166,7 +166,7 @@ def plan(args: argparse.Namespace, calibration: Calibration) -> Plan:
     """The conversations to run. Raises `WorkloadError`, `TraceError`."""
     if args.trace:
         wanted = None if args.requests is None else args.requests + args.warmup
-        records = truncate(rescale(read_trace(args.trace), args.speed), wanted, args.duration)
+        records = truncate(rescale(read_trace(args.trace), args.speed), wanted)
         replay = Replay(args.token_scale, args.output_scale, args.max_prompt_tokens, args.max_output_tokens)
         conversations = plan_replay(records, replay, calibration)
     else:

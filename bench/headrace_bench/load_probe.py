@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -18,6 +18,9 @@ IGNORES_EOS = frozenset({"vllm", "sglang", "headrace"})
 
 SAMPLE_WORDS = (32, 160)
 """Small, so that calibrating warms no cache and fits every model."""
+
+Count = Callable[[dict[str, Any]], Awaitable[int | None]]
+"""Prompt tokens of the fields that make a prompt; None where the server does not tell."""
 
 
 class ProbeError(CallerError):
@@ -46,10 +49,10 @@ async def probe(
 ) -> ServerFacts:
     """Ask the server. `model` None takes the only one served. Raises `ProbeError`, `Unreachable`."""
     found, owner = await _model(client, model, timeout_s)
-    calibration = await _by_tokenize(client, found, endpoint, timeout_s)
+    calibration = await _calibrate(_by_tokenize(client, found, timeout_s), endpoint, "tokenize")
     if calibration is None:
-        calibration = await _by_usage(client, found, endpoint, timeout_s, dict(body or {}))
-    return ServerFacts(found, owner in IGNORES_EOS, calibration)
+        calibration = await _calibrate(_by_usage(client, found, timeout_s, body or {}), endpoint, "usage")
+    return ServerFacts(found, owner in IGNORES_EOS, calibration or Calibration())
 
 
 async def _model(client: LoadClient, model: str | None, timeout_s: float) -> tuple[str, str]:
@@ -78,46 +81,68 @@ def _models(answer: Exchange) -> dict[str, str]:
         return {}
 
 
-def _sample(endpoint: str, words: int) -> dict[str, Any]:
-    text = render(0, (Passage("calibration", words),))
-    return (
-        {"prompt": text} if endpoint == "completions" else {"messages": [{"role": "user", "content": text}]}
+async def _calibrate(count: Count, endpoint: str, source: str) -> Calibration | None:
+    """None where `count` cannot tell."""
+    one, more = [await count(_prompt(endpoint, ("user", words))) for words in SAMPLE_WORDS]
+    if one is None or more is None:
+        return None
+    line = Calibration.fit(SAMPLE_WORDS[0], one, SAMPLE_WORDS[1], more, source)
+    if endpoint != "chat" or line.source != source:
+        return line
+    words = SAMPLE_WORDS[0]
+    # A template may know no system role; what it would add is then never needed.
+    system = await count(_prompt(endpoint, ("system", words), ("user", words)))
+    turn = await count(_prompt(endpoint, ("user", words), ("assistant", words), ("user", words)))
+    return replace(
+        line,
+        system_tokens=0.0 if system is None else system - one - words * line.tokens_per_word,
+        turn_tokens=0.0 if turn is None else turn - one - 2 * words * line.tokens_per_word,
     )
 
 
-async def _by_tokenize(client: LoadClient, model: str, endpoint: str, timeout_s: float) -> Calibration | None:
-    """vLLM's /tokenize, which takes chat messages too. None where it is not offered."""
-    counts = []
-    for words in SAMPLE_WORDS:
-        body = msgspec.json.encode({"model": model} | _sample(endpoint, words))
+def _prompt(endpoint: str, *messages: tuple[str, int]) -> dict[str, Any]:
+    texts = [(role, render(0, (Passage("calibration", words),))) for role, words in messages]
+    if endpoint == "completions":
+        return {"prompt": "".join(text for _, text in texts)}
+    return {"messages": [{"role": role, "content": text} for role, text in texts]}
+
+
+def _by_tokenize(client: LoadClient, model: str, timeout_s: float) -> Count:
+    """vLLM's /tokenize, which takes chat messages too. Counts None where it is not offered."""
+
+    async def count(prompt: dict[str, Any]) -> int | None:
+        body = msgspec.json.encode({"model": model} | prompt)
         answer = await client.exchange("POST", "/tokenize", body, timeout_s=timeout_s)
         try:
-            counts.append(int(msgspec.json.decode(bytes(answer.body))["count"]))
+            return int(msgspec.json.decode(bytes(answer.body))["count"])
         except (msgspec.DecodeError, KeyError, TypeError, ValueError):
             return None
-    return Calibration.fit(SAMPLE_WORDS[0], counts[0], SAMPLE_WORDS[1], counts[1], "tokenize")
+
+    return count
 
 
-async def _by_usage(
-    client: LoadClient, model: str, endpoint: str, timeout_s: float, extra: dict[str, Any]
-) -> Calibration:
-    """Two requests for one token each; any OpenAI-compatible server says how long their prompts were.
+def _by_usage(client: LoadClient, model: str, timeout_s: float, extra: Mapping[str, Any]) -> Count:
+    """Requests for one token each; any OpenAI-compatible server says how long their prompts were.
 
-    Raises `ProbeError` where the server refuses them: it would refuse every request of the load as well.
+    Raises `ProbeError` where the server refuses the first: it would refuse every request of the load as well.
     """
-    path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
-    counts = []
-    for words in SAMPLE_WORDS:
-        body = msgspec.json.encode({"model": model, "max_tokens": 1} | _sample(endpoint, words) | extra)
+    accepted = False
+
+    async def count(prompt: dict[str, Any]) -> int | None:
+        nonlocal accepted
+        path = "/v1/chat/completions" if "messages" in prompt else "/v1/completions"
+        body = msgspec.json.encode({"model": model, "max_tokens": 1} | prompt | dict(extra))
         answer = await client.exchange("POST", path, body, timeout_s=timeout_s)
         if answer.error is not None:
+            if accepted:
+                return None
             told = error_message(bytes(answer.body)) if answer.body else answer.detail
             raise ProbeError(f"the server refuses a first small request ({answer.error}): {told}")
+        accepted = True
         try:
             usage = answer_of(answer)[1]
         except ValueError as error:
             raise ProbeError(f"{path} answers something else than OpenAI's form: {error}") from error
-        if usage is None:
-            return Calibration()
-        counts.append(usage.prompt_tokens)
-    return Calibration.fit(SAMPLE_WORDS[0], counts[0], SAMPLE_WORDS[1], counts[1], "usage")
+        return usage.prompt_tokens if usage else None
+
+    return count

@@ -54,23 +54,25 @@ def render(seed: int, passages: tuple[Passage, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Tokens of a text of `words` words: `overhead_tokens + words * tokens_per_word`.
+    """Tokens of a prompt of `words` words: `overhead_tokens + words * tokens_per_word`, and what messages add.
 
-    `source` says where that comes from: "tokenize" (the server's /tokenize), "usage" (two tiny requests) or
+    `source` says where that comes from: "tokenize" (the server's /tokenize), "usage" (a few tiny requests) or
     "assumed" (the server tells neither; one token per word).
     """
 
     tokens_per_word: float = 1.0
-    overhead_tokens: float = 0.0  # chat template, begin-of-text
+    overhead_tokens: float = 0.0  # chat template around one user message, begin-of-text
+    system_tokens: float = 0.0  # added by a system message; below 0 where it replaces the template's own
+    turn_tokens: float = 0.0  # added by each further pair of messages, an answer and a question
     source: str = "assumed"
 
     @classmethod
     def fit(cls, words_a: int, tokens_a: int, words_b: int, tokens_b: int, source: str) -> Calibration:
-        """The line through two measured points; a server whose counts make no sense is not believed."""
+        """The line through two measured prompts; a server whose counts make no sense is not believed."""
         slope = (tokens_b - tokens_a) / (words_b - words_a)
         if not 0.05 <= slope <= 50:
             return cls()
-        return cls(slope, max(0.0, tokens_a - slope * words_a), source)
+        return cls(slope, max(0.0, tokens_a - slope * words_a), source=source)
 
     def words_for(self, tokens: float, *, with_overhead: bool = True) -> int:
         """Words that make about `tokens` tokens, at least one."""

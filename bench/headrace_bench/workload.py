@@ -58,7 +58,7 @@ class Turn:
 
     user: tuple[Passage, ...]
     output_tokens: int  # asked for: max_tokens
-    new_tokens: int  # expected tokens of `user` (and the system prompt, in the first turn)
+    new_tokens: int  # expected prompt tokens that this turn adds, less the answer before it
     think_s: float = 0.0  # pause after the answer before it
 
 
@@ -111,20 +111,20 @@ def _synthetic_conversation(
     spec: Synthetic, calibration: Calibration, index: int, lots: random.Random
 ) -> Conversation:
     system = None
-    system_tokens = 0
+    expected = 0.0
     if spec.system_prompts:
         words = calibration.words_for(spec.system_tokens, with_overhead=False)
         system = Passage(f"system/{lots.randrange(spec.system_prompts)}", words)
-        system_tokens = calibration.tokens_of(words, with_overhead=False)
+        expected = calibration.tokens_of(words, with_overhead=False) + calibration.system_tokens
     turns = []
     for number in range(spec.turns):
         first = number == 0
-        tokens = spec.prompt_tokens.draw(lots)
-        words = calibration.words_for(tokens, with_overhead=first)
-        expected = calibration.tokens_of(words, with_overhead=first) + (system_tokens if first else 0)
+        words = calibration.words_for(spec.prompt_tokens.draw(lots), with_overhead=first)
+        expected += calibration.tokens_of(words, with_overhead=first)
         pause_s = 0.0 if first or not spec.think_s else lots.expovariate(1 / spec.think_s)
         text = (Passage(f"conversation/{index}/{number}", words),)
-        turns.append(Turn(text, spec.output_tokens.draw(lots), expected, pause_s))
+        turns.append(Turn(text, spec.output_tokens.draw(lots), round(expected), pause_s))
+        expected = calibration.turn_tokens  # of the next turn
     return Conversation(index, tuple(turns), system)
 
 

@@ -309,10 +309,17 @@ async def test_the_probe_learns_what_a_word_costs(
     echo.tokenizes = tokenizes
     async with running(echo) as url:
         facts = await probe(LoadClient(Target.parse(url)), None, endpoint)
-    overhead = 10.0 if endpoint == "chat" else 0.0
-    assert facts == ServerFacts(
-        "echo", True, Calibration(1.0, overhead, "tokenize" if tokenizes else "usage")
-    )
+    source = "tokenize" if tokenizes else "usage"
+    told = Calibration(1.0, 10.0, 3.0, 6.0, source) if endpoint == "chat" else Calibration(source=source)
+    assert facts == ServerFacts("echo", True, told)
+
+
+async def test_the_lengths_of_conversations_are_foretold() -> None:
+    async with running(Echo()) as url:
+        facts = await probe(LoadClient(Target.parse(url)), "echo", "chat")
+        plan = plan_synthetic(replace(TALKS, prompt_tokens=Span(20, 40)), facts.calibration, 0)
+        _, result = await drive(job_of(url, plan, users=2))
+    assert summarise(result.outcomes).prompt_error == 0.0
 
 
 async def test_a_calibrated_replay_has_the_lengths_of_its_trace() -> None:
