@@ -252,6 +252,23 @@ async def test_stop_without_drain_cuts_streams_with_an_error_and_ends_a_drain() 
     await server.stop()
 
 
+async def test_a_request_that_arrives_while_the_engine_stops_is_refused() -> None:
+    server = Server()
+    await server.start()
+    parts = server.started.endpoints.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(parts[0], int(parts[1]))
+    body = b'{"prompt": "late"}'
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+    await server.call("GET", "/health")  # by now the head has been read: the request is past the door
+    stopping = asyncio.create_task(server.backend.stop())
+    await asyncio.sleep(0)
+    writer.write(body)
+    assert b" 503 " in await asyncio.wait_for(reader.readline(), PATIENCE_S)
+    writer.close()
+    await stopping
+    await server.stop()
+
+
 async def test_an_address_of_another_node_is_a_start_error() -> None:
     backend = SimulatedBackend(SimulatedEngine(), MODEL, ReplicaId("toy-0"), host="192.0.2.1")
     with pytest.raises(StartError, match="address of this node"):

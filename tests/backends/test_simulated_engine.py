@@ -127,6 +127,15 @@ def test_running_out_of_blocks_preempts_the_last_admitted_and_it_still_answers_i
     assert simulated.prompt_tokens_total == 56
 
 
+def test_a_preempted_request_returns_before_those_that_never_ran() -> None:
+    simulated = engine()
+    simulated.add("a", 28, 20)
+    simulated.add("b", 28, 20)
+    simulated.add("c", 28, 1)
+    admitted = [name for step in run(simulated) for name in step.admitted]
+    assert admitted == ["a", "b", "b", "c"]
+
+
 def test_shared_blocks_outlive_the_abort_of_one_holder() -> None:
     simulated = engine()
     simulated.add("a", 12, 20, [1, 2])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import openai
 import pytest
+import pytest_asyncio
 import zmq
 import zmq.asyncio
 
@@ -131,7 +132,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def subject(kind: Kind) -> AsyncIterator[Subject]:
     """One started backend for all tests that do not stop it."""
     async with AsyncExitStack() as stack:

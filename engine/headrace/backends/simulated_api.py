@@ -26,7 +26,7 @@ from headrace.backends.simulated_forms import (
 )
 from headrace.backends.simulated_loop import Generation, SimulatedLoop
 from headrace.backends.simulated_tokens import decode, encode, encode_chat, write_answer
-from headrace.errors import BadRequest, CallerError, MethodNotAllowed, ModelNotFound, NotFound
+from headrace.errors import BadRequest, CallerError, HeadraceError, MethodNotAllowed, ModelNotFound, NotFound
 
 Form = TypeVar("Form")
 Handler = Callable[[Receive, Send], Awaitable[None]]
@@ -71,7 +71,7 @@ class SimulatedApi:
             await self._handler(scope)(receive, send)
         except ClientLeft:
             pass
-        except CallerError as e:
+        except HeadraceError as e:
             await _send_json(send, e.status, error(e.status, e.message, e.param))
         finally:
             self._answering -= 1

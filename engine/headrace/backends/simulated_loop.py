@@ -10,6 +10,7 @@ from headrace.backends.kv_event_wire import AllBlocksCleared, BlockRemoved, Bloc
 from headrace.backends.simulated_engine import SimulatedEngine, Step
 from headrace.backends.simulated_tokens import hash_blocks
 from headrace.config import SimulatedEngine as Settings
+from headrace.errors import ShuttingDown
 
 KvEvents = list[BlockStored | BlockRemoved | AllBlocksCleared]
 
@@ -81,7 +82,12 @@ class SimulatedLoop:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def submit(self, request_id: str, prompt: Sequence[int], answer: list[int], salt: str = "") -> Generation:
-        """Queue a request whose answer is known already. Raises ValueError when it can never run."""
+        """Queue a request whose answer is known already.
+
+        Raises ValueError when it can never run and ShuttingDown when the loop has ended.
+        """
+        if not self.alive:
+            raise ShuttingDown("the engine is stopping")
         generation = Generation(request_id, prompt, answer, salt)
         hashes = hash_blocks([*prompt, *answer], self.engine.settings.block_size, salt)
         self.engine.add(request_id, len(prompt), len(answer), hashes)
