@@ -11,7 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from headrace_bench.client_health import ClientHealth, HealthWatch
-from headrace_bench.load_client import Exchange, LoadClient, Target, answer_of
+from headrace_bench.exchange import Exchange, answer_of
+from headrace_bench.load_client import LoadClient, Target
 from headrace_bench.outcome import Outcome
 from headrace_bench.prompt_text import render
 from headrace_bench.workload import Conversation, Turn

@@ -10,7 +10,8 @@ import msgspec
 
 from headrace.errors import CallerError, ShortageError
 from headrace_bench.answer_stream import error_message
-from headrace_bench.load_client import Exchange, LoadClient, answer_of
+from headrace_bench.exchange import Exchange, answer_of
+from headrace_bench.load_client import LoadClient
 from headrace_bench.prompt_text import Calibration, Passage, render
 
 IGNORES_EOS = frozenset({"vllm", "sglang", "headrace"})

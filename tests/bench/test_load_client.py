@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace_bench.answer_stream import EventSplitter, error_message
-from headrace_bench.load_client import LoadClient, Target, TargetError, answer_of
+from headrace_bench.exchange import answer_of
+from headrace_bench.load_client import LoadClient, Target, TargetError
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
