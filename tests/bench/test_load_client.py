@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace_bench.answer_stream import EventSplitter, error_message
@@ -226,6 +226,7 @@ async def test_a_connection_that_the_server_closes_is_not_used_again() -> None:
             assert (await client.exchange("GET", "/")).error is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=30).filter(lambda b: b"\n" not in b), max_size=8), st.data())
 def test_events_are_the_same_wherever_the_stream_is_cut(payloads: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(b"data: " + payload + b"\n\n" for payload in payloads)
@@ -244,6 +245,7 @@ def test_an_endless_line_is_refused() -> None:
             splitter.feed(b"data: aaaaaaaaa")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_an_error_message_is_one_short_line_of_anything(body: bytes) -> None:
     told = error_message(body)

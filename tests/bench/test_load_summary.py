@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import CallerError
@@ -49,6 +49,7 @@ outcomes = st.lists(
 objectives = st.builds(Slo, *[st.none() | st.floats(0.001, 20)] * 4)
 
 
+@settings(deadline=None)
 @given(st.lists(seconds, min_size=1, max_size=200))
 def test_percentiles_grow_and_stay_between_the_extremes(values: list[float]) -> None:
     seen = Distribution.of(values)
@@ -66,6 +67,7 @@ def test_percentiles_interpolate_between_neighbours() -> None:
     assert Distribution.of([]) is None
 
 
+@settings(deadline=None)
 @given(outcomes, objectives, st.randoms(use_true_random=False))
 def test_the_order_of_outcomes_does_not_matter(some: list[Outcome], slo: Slo, lots: object) -> None:
     shuffled = list(some)
@@ -73,6 +75,7 @@ def test_the_order_of_outcomes_does_not_matter(some: list[Outcome], slo: Slo, lo
     assert summarise(shuffled, slo) == summarise(some, slo)
 
 
+@settings(deadline=None)
 @given(outcomes, objectives)
 def test_goodput_is_at_most_what_succeeded_and_falls_with_the_bounds(some: list[Outcome], slo: Slo) -> None:
     loose, strict = goodput(some, Slo(), 10.0), goodput(some, slo, 10.0)
@@ -86,6 +89,7 @@ def test_goodput_is_at_most_what_succeeded_and_falls_with_the_bounds(some: list[
     assert goodput(some, halved, 10.0).share <= strict.share
 
 
+@settings(deadline=None)
 @given(outcomes)
 def test_every_request_succeeded_or_has_an_error(some: list[Outcome]) -> None:
     summary = summarise(some)

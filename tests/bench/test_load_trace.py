@@ -6,7 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace_bench.trace import TraceError, TraceRecord, parse_trace, read_trace, rescale, truncate
@@ -82,6 +82,7 @@ def test_a_missing_or_damaged_file_is_a_trace_error(tmp_path: Path) -> None:
         read_trace(tmp_path / "binary")
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 100))
 def test_twice_the_speed_is_half_the_time(speed: float) -> None:
     records = parse_trace(MOONCAKE)

@@ -6,7 +6,7 @@ import hashlib
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace_bench.prompt_text import WORDS, Calibration, Passage, render
@@ -70,6 +70,7 @@ def test_conversations_share_the_system_prompts_and_nothing_else() -> None:
     assert len(set(said)) == len(said)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=6), st.lists(st.integers(0, 5), min_size=1, max_size=6)
 )
@@ -103,6 +104,7 @@ def test_a_record_without_hash_ids_shares_nothing() -> None:
     assert [conversation.start_s for conversation in plan] == [0.0, 1.0]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20_000), st.floats(0.02, 1), st.floats(0.5, 3), st.floats(0, 50))
 def test_a_replayed_prompt_is_as_long_as_its_record(
     tokens: int, scale: float, slope: float, base: float
@@ -149,6 +151,7 @@ def test_token_counts_that_cannot_be_are_refused(text: str) -> None:
         Span.parse(text)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10), st.text(max_size=20), st.integers(1, 300), st.integers(1, 300))
 def test_texts_of_one_key_begin_alike(seed: int, key: str, short: int, long: int) -> None:
     short, long = sorted((short, long))
@@ -158,6 +161,7 @@ def test_texts_of_one_key_begin_alike(seed: int, key: str, short: int, long: int
     assert set(text.split()) <= {word.strip() for word in WORDS}
 
 
+@settings(deadline=None)
 @given(st.floats(0.5, 5), st.floats(0, 100), st.integers(1, 5000))
 def test_a_calibration_finds_the_line_it_was_measured_on(slope: float, base: float, words: int) -> None:
     fitted = Calibration.fit(32, round(32 * slope + base), 160, round(160 * slope + base), "usage")
