@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.backends.simulated_cache import Cleared, Removed, Stored
-from headrace.backends.simulated_engine import SimulatedEngine, Step
+from headrace.backends.simulated_engine import SimulatedEngine
+from headrace.backends.simulated_sequence import Step
 from headrace.config import SimulatedEngine as Settings
 
 

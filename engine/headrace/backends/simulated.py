@@ -20,8 +20,8 @@ from headrace.backends.front_door import FrontDoor
 from headrace.backends.kv_event_publisher import KvEventPublisher
 from headrace.backends.load_publisher import LoadPublisher
 from headrace.backends.simulated_api import SimulatedApi
-from headrace.backends.simulated_engine import Step
 from headrace.backends.simulated_loop import SimulatedLoop
+from headrace.backends.simulated_sequence import Step
 from headrace.config import SimulatedEngine as Settings
 from headrace.errors import ReplicaUnhealthy, StartError
 from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId

@@ -17,61 +17,12 @@ preempted.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Sequence as Items
 
 from headrace.backends.simulated_cache import CacheEvent, SimulatedCache
+from headrace.backends.simulated_sequence import Sequence, Step
 from headrace.backends.timing_model import TimingModel
 from headrace.config import SimulatedEngine as Settings
-from headrace_router.types import Iteration
-
-
-class Step(NamedTuple):
-    """What one step did. All of it becomes visible `duration_s` after the step began."""
-
-    duration_s: float
-    prefill_tokens: int
-    decode_sequences: int  # those that prefilled their last token also emit, but are not counted here
-    context_tokens: int
-    emitted: list[str]  # requests that produced `rounds` tokens each
-    finished: list[str]  # of those, the ones that produced their last
-    admitted: dict[str, int]  # requests that left the queue, with the prompt tokens found cached at first
-    preempted: list[str]
-    events: list[CacheEvent]
-    rounds: int = 1  # iterations that this step stands for; more than 1 only after a leap
-
-    @property
-    def iteration(self) -> Iteration:
-        """The work in the words of a load report; of a leap, its mean iteration."""
-        return Iteration(
-            self.duration_s / self.rounds,
-            self.prefill_tokens,
-            len(self.emitted),
-            self.context_tokens // self.rounds,
-        )
-
-
-class _Sequence:
-    """One request inside the engine."""
-
-    __slots__ = (
-        "backlog", "block_hashes", "blocks", "cached_tokens", "computed", "end_tokens", "full_blocks",
-        "known_tokens", "prompt_tokens", "request_id",
-    )  # fmt: skip
-
-    def __init__(
-        self, request_id: str, prompt_tokens: int, answer_tokens: int, hashes: Sequence[int]
-    ) -> None:
-        self.request_id = request_id
-        self.prompt_tokens = prompt_tokens
-        self.end_tokens = prompt_tokens + answer_tokens
-        self.block_hashes = hashes
-        self.known_tokens = prompt_tokens  # prompt and produced tokens
-        self.computed = 0  # of those, with keys and values in the cache
-        self.blocks: list[int] = []
-        self.full_blocks = 0  # leading blocks already offered to the prefix cache
-        self.cached_tokens = -1  # prefix hit at the first admission, -1 before it
-        self.backlog = 0  # tokens still to prefill, less the expected prefix hit while waiting
 
 
 class SimulatedEngine:
@@ -89,11 +40,11 @@ class SimulatedEngine:
         self.generation_tokens_total = 0
         self.preemptions_total = 0
         self._block_size = settings.block_size
-        self._sequences: dict[str, _Sequence] = {}
-        self._waiting: OrderedDict[str, _Sequence] = OrderedDict()
-        self._running: list[_Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: list[Sequence] = []
         self._releases = 0
-        self._blocked: tuple[_Sequence, int] | None = None
+        self._blocked: tuple[Sequence, int] | None = None
 
     @property
     def max_context(self) -> int:
@@ -116,7 +67,7 @@ class SimulatedEngine:
         return 1.0 - self.cache.num_free / self.cache.num_blocks
 
     def add(
-        self, request_id: str, prompt_tokens: int, answer_tokens: int, block_hashes: Sequence[int] = ()
+        self, request_id: str, prompt_tokens: int, answer_tokens: int, block_hashes: Items[int] = ()
     ) -> None:
         """Queue a request that will produce exactly `answer_tokens`.
 
@@ -134,7 +85,7 @@ class SimulatedEngine:
             raise ValueError(
                 f"prompt {prompt_tokens} + answer {answer_tokens} exceed {self.max_context} tokens of context"
             )
-        sequence = _Sequence(request_id, prompt_tokens, answer_tokens, block_hashes)
+        sequence = Sequence(request_id, prompt_tokens, answer_tokens, block_hashes)
         self._sequences[request_id] = self._waiting[request_id] = sequence
         self._book(sequence, prompt_tokens - self._count_hits(sequence) * self._block_size)
 
@@ -171,7 +122,7 @@ class SimulatedEngine:
         finished: list[str] = []
         admitted: dict[str, int] = {}
         preempted: list[str] = []
-        scheduled: list[_Sequence] = []
+        scheduled: list[Sequence] = []
         budget = self.settings.max_batched_tokens
         prefill_tokens = prefills = context_tokens = index = 0
         running = self._running
@@ -267,13 +218,13 @@ class SimulatedEngine:
         events = self.cache.take_events()
         return Step(duration_s, 0, len(running), total_context, emitted, finished, {}, [], events, rounds)
 
-    def _count_hits(self, sequence: _Sequence) -> int:
+    def _count_hits(self, sequence: Sequence) -> int:
         # At least one token must be computed to produce the next, so a fully resident prompt loses its last
         # block.
         most = (sequence.known_tokens - 1) // self._block_size
         return self.cache.count_hits(sequence.block_hashes, most)
 
-    def _admit(self, sequence: _Sequence) -> bool:
+    def _admit(self, sequence: Sequence) -> bool:
         """Move the queue's head into the batch, its prefix hit held. False when its prompt does not fit."""
         # A head that did not fit is looked at again when blocks came free, not at every step: with long
         # prompts the lookup would cost more than the rest of the step.
@@ -297,7 +248,7 @@ class SimulatedEngine:
             self.cached_tokens_total += sequence.computed
         return True
 
-    def _make_room(self, sequence: _Sequence, tokens: int, preempted: list[str]) -> bool:
+    def _make_room(self, sequence: Sequence, tokens: int, preempted: list[str]) -> bool:
         """Blocks for `tokens` more; preempts from the end. False when `sequence` itself had to go."""
         missing = -(-(sequence.computed + tokens) // self._block_size) - len(sequence.blocks)
         if missing <= 0:
@@ -311,7 +262,7 @@ class SimulatedEngine:
         sequence.blocks += self.cache.take(missing)
         return True
 
-    def _preempt(self, victim: _Sequence) -> None:
+    def _preempt(self, victim: Sequence) -> None:
         self._release(victim)
         victim.computed = victim.full_blocks = 0
         self._waiting[victim.request_id] = victim
@@ -319,7 +270,7 @@ class SimulatedEngine:
         self._book(victim, victim.known_tokens - self._count_hits(victim) * self._block_size)
         self.preemptions_total += 1
 
-    def _compute(self, sequence: _Sequence, tokens: int) -> int:
+    def _compute(self, sequence: Sequence, tokens: int) -> int:
         """Fill the cache with the next `tokens`. Returns how many of them were prefill."""
         sequence.computed += tokens
         full_blocks = sequence.computed // self._block_size
@@ -340,12 +291,12 @@ class SimulatedEngine:
             self._release(self._sequences.pop(request_id))
         self._running = [sequence for sequence in self._running if sequence.request_id in self._sequences]
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         self.cache.release(sequence.blocks)
         sequence.blocks = []
         self._releases += 1
         self._book(sequence, 0)
 
-    def _book(self, sequence: _Sequence, backlog: int) -> None:
+    def _book(self, sequence: Sequence, backlog: int) -> None:
         self.backlog_tokens += backlog - sequence.backlog
         sequence.backlog = backlog

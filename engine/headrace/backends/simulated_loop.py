@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from headrace.backends import simulated_cache as cache
 from headrace.backends.kv_event_wire import AllBlocksCleared, BlockRemoved, BlockStored
-from headrace.backends.simulated_engine import SimulatedEngine, Step
+from headrace.backends.simulated_engine import SimulatedEngine
+from headrace.backends.simulated_sequence import Step
 from headrace.backends.simulated_tokens import hash_blocks
 from headrace.config import SimulatedEngine as Settings
 from headrace.errors import ShuttingDown
