@@ -50,7 +50,7 @@ def warm() -> Warmth:
     block_hash.hash_chunks(b"warm" * 64, 64, 0)
     table = PrefixTable(num_replicas=2, max_blocks=64)
     table.store(0, hashes)
-    table.longest_prefix(hashes)
+    table.longest_prefix(hashes, closed=True)
     table.extend_prefix(hashes, table.longest_prefix(hashes))
     table.remove(0, hashes[1:])
     table.clear(0)

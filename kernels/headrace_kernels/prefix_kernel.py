@@ -597,6 +597,79 @@ def longest_prefix(
 
 
 @compiled
+def _keeps_alive(table: Table, members: np.uint64) -> bool:
+    """Whether every alive column is one of `members`."""
+    tag = members & _TAG
+    start = np.int64(members ^ _ROW) * (table.alive.size + ROW_HEAD) + ROW_HEAD if tag == _ROW else 0
+    for word in range(table.alive.size):
+        alive = table.alive[word]
+        if alive == _0:
+            continue
+        if tag == _ROW:
+            alive &= ~table.rows[start + word]
+        elif tag == _LIST:
+            names = members ^ _LIST
+            while names != _0:
+                column = np.int64(names & _NAME) - 1
+                if column >> 6 == word:
+                    alive &= ~(_1 << np.uint64(column & 63))
+                names >>= _S12
+        elif word == 0:
+            alive &= ~members
+        if alive != _0:
+            return False
+    return True
+
+
+@compiled
+def _members_of(table: Table, block_hash: np.uint64) -> np.uint64:
+    """The set of a hash, 0 (the empty set) when the table does not hold it."""
+    key = _scramble(block_hash)
+    return table.pool[_probe(table.pool, _segment_of(table, key), key) + 1]  # type: ignore[no-any-return]
+
+
+@compiled
+def closed_prefix(
+    table: Table,
+    live: NDArray[np.uint64],
+    replicas: NDArray[np.int32],
+    hashes: NDArray[np.uint64],
+    counts: NDArray[np.int32],
+) -> None:
+    """`longest_prefix` where whoever holds a hash also holds all before it: blocks between two that the same
+    replicas hold are not looked at. Bisection, from left to right; a stack in `scratch` keeps the depths and sets
+    seen on the way down."""
+    for replica in range(counts.size):
+        counts[replica] = 0
+    left: Index = 0
+    for word in range(live.size):
+        table.alive[word] = live[word]
+        left += _num_bits(live[word])
+    stack = table.scratch
+    height = 1
+    low = np.int64(-1)  # up to here every alive column matches
+    stack[0] = np.uint64(hashes.size - 1)
+    stack[1] = _members_of(table, hashes[hashes.size - 1]) if hashes.size > 0 else _0
+    while left > 0 and low < hashes.size - 1:
+        high = np.int64(stack[2 * height - 2])
+        members = stack[2 * height - 1]
+        if _keeps_alive(table, members):
+            low = high
+            height -= 1
+        elif high == low + 1:
+            left -= _narrow(table, members, high, replicas, counts)
+            low = high
+            height -= 1
+        else:
+            middle = (low + high) // 2
+            stack[2 * height] = np.uint64(middle)
+            stack[2 * height + 1] = _members_of(table, hashes[middle])
+            height += 1
+    if left > 0 and hashes.size > 0:
+        _finish(table, hashes.size, replicas, counts)
+
+
+@compiled
 def extend_prefix(  # noqa: PLR0917 - numba takes no keywords from Python cheaply
     table: Table,
     columns: NDArray[np.int32],

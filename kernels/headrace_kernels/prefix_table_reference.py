@@ -32,7 +32,7 @@ class PrefixTableReference:
     def sweep(self, max_segments: int = 64) -> bool:
         return True
 
-    def longest_prefix(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
+    def longest_prefix(self, hashes: NDArray[np.uint64], *, closed: bool = False) -> NDArray[np.int32]:
         return self.extend_prefix(hashes, np.zeros(self.num_replicas, np.int32))
 
     def extend_prefix(self, hashes: NDArray[np.uint64], counts: NDArray[np.int32]) -> NDArray[np.int32]:

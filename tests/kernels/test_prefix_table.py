@@ -134,6 +134,27 @@ def test_few_blocks_on_many_replicas_pass_through_every_form_of_membership(
     table.check_integrity()
 
 
+@given(
+    st.sampled_from([3, 70, 300]),
+    st.lists(st.tuples(st.integers(0, 299), st.integers(0, 3), st.integers(0, 90)), max_size=60),
+    st.integers(0, 120),
+)
+@settings(max_examples=80, deadline=None)
+def test_bisection_equals_the_scan_where_every_prefix_is_whole(
+    num_replicas: int, holdings: list[tuple[int, int, int]], length: int
+) -> None:
+    """Four conversations that part after 20 blocks; replicas hold prefixes of them, and lose suffixes."""
+    table, reference = PrefixTable(num_replicas, max_blocks=1000), PrefixTableReference(num_replicas)
+    prompts = [np.concatenate([random_hashes(20, 0), random_hashes(100, 1 + seed)]) for seed in range(4)]
+    for replica, prompt, depth in holdings:
+        for each in (table, reference):
+            each.store(replica % num_replicas, prompts[prompt][:depth])
+            each.remove(replica % num_replicas, prompts[prompt][max(20, depth // 2) :])
+    for prompt in prompts:
+        found = table.longest_prefix(prompt[:length], closed=True)
+        assert (found == reference.longest_prefix(prompt[:length])).all()
+
+
 def test_a_cleared_replica_is_gone_at_once_and_may_store_again() -> None:
     table = PrefixTable(4)
     hashes = random_hashes(10_000, 1)
