@@ -31,6 +31,11 @@ def full(body: bytes, status: bytes = b"200 OK", content_type: bytes = b"applica
     )
 
 
+def model_card(model: str) -> dict[str, object]:
+    """One entry of `/v1/models`."""
+    return {"id": model, "object": "model", "created": CREATED, "owned_by": "vllm", "max_model_len": 1 << 20}
+
+
 def usage(completion_tokens: int) -> dict[str, object]:
     """vLLM's usage object."""
     return {

@@ -15,6 +15,7 @@ import asyncio
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from headrace_bench import mock_answers as answers
 
 DIRECTIVE = re.compile(rb"\[mock ((?:\w+=[\d.]+ ?)+)\]")
 MAX_DEPARTURES_KEPT = 1000
+MAX_PATHS_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Stats:
     chunks: int = 0
     bytes_written: int = 0  # of streamed tokens, as handed to the transport
     aborts: int = 0
+    not_found: dict[str, int] = field(default_factory=dict)  # what gateways ask for and a mock lacks, by path
     departures: list[dict[str, Any]] = field(default_factory=list)  # at_ns (CLOCK_MONOTONIC), chunks
 
 
@@ -72,6 +75,11 @@ def directive(body: bytes) -> dict[str, float]:
         return {}
     pairs = (pair.split(b"=") for pair in found[1].split())
     return {key.decode(): float(value) for key, value in pairs}
+
+
+def tokens_of(body: bytes) -> list[int]:
+    """Made-up token ids, one per four bytes; equal beginnings of bodies have equal beginnings of tokens."""
+    return memoryview(body[: len(body) // 4 * 4]).cast("I").tolist()
 
 
 class Backend:
@@ -88,21 +96,33 @@ class Backend:
             for path in (b"/v1/chat/completions", b"/v1/completions")
         }
 
-    def look(self, path: bytes) -> bytes:
-        """The answer to a GET."""
-        in_flight = self.stats.in_flight
-        if path == b"/health":
-            return answers.full(b"")
-        if path == b"/v1/models":
-            card = {"id": self.model, "object": "model", "created": answers.CREATED, "owned_by": "vllm"}
-            return answers.full(msgspec.json.encode({"object": "list", "data": [card]}))
-        if path == b"/get_load":
-            return answers.full(msgspec.json.encode({"load": in_flight}))
+        self.asides: dict[bytes, Callable[[bytes], object]] = {
+            b"/health": lambda _: {},
+            b"/v1/models": lambda _: {"object": "list", "data": [answers.model_card(model)]},
+            b"/get_load": lambda _: {"load": self.stats.in_flight},
+            b"/tokenize": lambda body: {
+                "count": len(body) // 4,
+                "max_model_len": 1 << 20,
+                "tokens": tokens_of(body),
+            },
+            b"/v1/chat/completions/render": lambda body: {
+                "request_id": "render",
+                "token_ids": tokens_of(body),
+            },
+            b"/mock/stats": lambda _: self.stats,
+        }
+
+    def aside(self, path: bytes, body: bytes) -> bytes:
+        """The answer to what a gateway asks for itself: health, load, models, a prompt's tokens."""
         if path == b"/metrics":
-            text = f'vllm:num_requests_running{{model_name="{self.model}"}} {in_flight}\n'
+            text = f'vllm:num_requests_running{{model_name="{self.model}"}} {self.stats.in_flight}\n'
             return answers.full(text.encode(), content_type=b"text/plain; version=0.0.4")
-        if path == b"/mock/stats":
-            return answers.full(msgspec.json.encode(self.stats))
+        answer = self.asides.get(path)
+        if answer is not None:
+            return answers.full(msgspec.json.encode(answer(body)))
+        name, lacking = path.decode("latin-1"), self.stats.not_found
+        if name in lacking or len(lacking) < MAX_PATHS_KEPT:
+            lacking[name] = lacking.get(name, 0) + 1
         return answers.full(b'{"error":{"message":"not found","code":404}}', b"404 Not Found")
 
 
@@ -168,7 +188,7 @@ class Connection(asyncio.Protocol):
         self.keep_alive = self.parser.should_keep_alive()  # the parser knows it only now
         whole = self.backend.whole.get(self.path)
         if whole is None or self.parser.get_method() != b"POST":
-            self.transport.write(self.backend.look(self.path))
+            self.transport.write(self.backend.aside(self.path, b"".join(self.body)))
             self.end_of_answer()
             return
         self.answer(whole, b"".join(self.body))

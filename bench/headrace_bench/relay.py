@@ -246,6 +246,7 @@ def about(args: argparse.Namespace, command: Sequence[str], bench: Bench) -> dic
         "command": " ".join(["python -m headrace_bench.relay", *command]).strip(),
         "policy": args.policy,
         "rounds": bench.plan.rounds,
+        "scheduling": "real-time" if os.sched_getscheduler(0) != os.SCHED_OTHER else "normal",
     }
     if bench.missing:
         facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in bench.missing.items())
@@ -257,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(given)
     plan = Plan(rounds=args.rounds, prompt_bytes=args.sizes, patience_s=args.patience)
     plan = quick(plan) if args.quick else plan
-    console = Console(markup=False, highlight=False, soft_wrap=True)  # messages hold foreign brackets
+    # Messages hold foreign brackets, and a table in a file need not fit a screen.
+    width = None if sys.stdout.isatty() else 170
+    console = Console(markup=False, highlight=False, soft_wrap=True, width=width)
     own_cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="headrace-relay-") as folder:
         bench = Bench(plan, args.names, args.policy, Path(folder), console)

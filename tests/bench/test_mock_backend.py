@@ -23,7 +23,7 @@ async def mock() -> AsyncIterator[tuple[str, Backend]]:
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop turn until something it serves has happened."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - the mock has no event to wait on
+        while not condition():
             await asyncio.sleep(0)
 
 
@@ -86,6 +86,17 @@ async def test_the_paths_that_gateways_ask_for(mock: tuple[str, Backend]) -> Non
     for path, status in ((b"/health", b"200"), (b"/metrics", b"200"), (b"/nothing", b"404")):
         head, _ = await ask(url, b"GET %b HTTP/1.1\r\nhost: bench\r\n\r\n" % path)
         assert head.split(b" ")[1] == status
+    assert mock[1].stats.not_found == {"/nothing": 1}
+
+
+async def test_prompts_that_begin_alike_have_tokens_that_begin_alike(mock: tuple[str, Backend]) -> None:
+    bodies = [
+        chat_body(prompt, stream=False, max_tokens=1)
+        for prompt in ("same words, then this", "same words, or that")
+    ]
+    found = [json.loads((await ask(mock[0], post(body, b"/tokenize")))[1]) for body in bodies]
+    assert found[0]["count"] == len(found[0]["tokens"]) == len(bodies[0]) // 4
+    assert found[0]["tokens"][:30] == found[1]["tokens"][:30] and found[0]["tokens"] != found[1]["tokens"]
 
 
 async def test_a_body_that_is_not_json_is_the_callers_fault(mock: tuple[str, Backend]) -> None:
