@@ -1,0 +1,124 @@
+"""The Ray cluster: one of our own on this machine, or one that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.errors import FatalStartError, StartError
+from headrace.fleet import warden
+
+RUN_MARK = "HEADRACE_RUN"
+"""Environment variable that every process of a local fleet inherits, Ray's and vLLM's included."""
+
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024
+"""Ray's least is 75 MiB; nothing of ours passes through the object store."""
+
+_MARK_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A connected driver. `auth_token` is what others need to connect, None where they must know it themselves."""
+
+    address: str
+    is_local: bool
+    mark: str = ""
+    auth_token: str | None = None
+
+
+def start_local() -> Connection:
+    """Start Ray on this machine, for this process alone. Blocks about 3 s. Raises StartError.
+
+    Everybody who reaches Ray's ports could run code here, so a random token is asked for unless the user has
+    settled Ray's authentication by the environment.
+    """
+    mark = os.environ[RUN_MARK] = secrets.token_hex(16)
+    token = None
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    context = _init(
+        address="local",
+        num_cpus=len(os.sched_getaffinity(0)),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+    )
+    return Connection(context.address_info["address"], True, f"{RUN_MARK}={mark}", token)
+
+
+def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -> Connection:
+    """Connect to a running cluster. Raises StartError when it does not answer within `timeout_s`.
+
+    `auth_token` counts only where this process has not imported Ray yet.
+    """
+    if auth_token is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = auth_token
+    outcome: Future[Any] = Future()
+
+    def connect() -> None:
+        try:
+            outcome.set_result(_init(address=address))
+        except StartError as error:
+            outcome.set_exception(error)
+
+    # Ray itself tries for minutes, without a way to leave, at an address where nothing runs or the token is wrong.
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        context = outcome.result(timeout_s)
+    except TimeoutError:
+        raise StartError(
+            f"the Ray cluster at {address} did not answer in {timeout_s:g} s; is it running, and is its token in "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token?"
+        ) from None
+    return Connection(context.address_info["address"], False)
+
+
+def leave(connection: Connection | None) -> None:
+    """Disconnect; end our own cluster and wait until none of its processes is left. Blocks for some seconds."""
+    import ray
+
+    ray.shutdown()
+    if connection is not None and connection.mark:
+        warden.end_all(connection.mark, _MARK_GRACE_S)
+
+
+def _init(**arguments: Any) -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise FatalStartError("Ray is not installed; `pip install headrace[ray]`") from error
+    _silence_ray_prints()
+    try:
+        return ray.init(
+            namespace="headrace",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            ignore_reinit_error=False,
+            **arguments,
+        )
+    except Exception as error:  # Ray raises many kinds here; all mean that there is no cluster
+        where = arguments.get("address")
+        what = "start Ray on this machine" if where == "local" else f"join the Ray cluster at {where}"
+        raise StartError(f"cannot {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
+def _silence_ray_prints() -> None:
+    """Ray's driver prints each worker's death, in a long paragraph, to whatever `sys.stdout` is at that moment.
+
+    Whoever calls this keeps the real one for itself (`Screen` does); the controller reports deaths with a reason.
+    """
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of this process's life

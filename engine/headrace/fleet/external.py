@@ -1,0 +1,72 @@
+"""External models: servers that somebody else runs. Members of the fleet that nobody starts, only probes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from headrace.config import Config
+from headrace.fleet.status import ReplicaStatus
+from headrace.gateway.static_fleet import StaticFleet
+from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+
+
+class ExternalMembers:
+    """Follows the servers of every external model; calls `changed` when one comes or goes."""
+
+    def __init__(self, config: Config, changed: Callable[[], None]) -> None:
+        self._fleets = {
+            model.name: StaticFleet(list(model.urls), api_key=model.api_key, model=model.name)
+            for model in config.models
+            if model.backend == "external"
+        }
+        self._changed = changed
+        self._known: dict[str, Membership] = {}
+        self._since_s: dict[tuple[ReplicaId, ReplicaState], float] = {}
+        self._following: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._following = [asyncio.ensure_future(self._follow(name)) for name in self._fleets]
+
+    def stop(self) -> None:
+        for task in self._following:
+            task.cancel()
+
+    def replicas(self) -> list[Replica]:
+        return [replica for known in self._known.values() for replica in known.replicas]
+
+    def rows(self) -> list[ReplicaStatus]:
+        now_s = time.monotonic()
+        return [
+            ReplicaStatus(
+                id=replica.id,
+                model=replica.model,
+                role=replica.role,
+                state=replica.state,
+                state_s=now_s - self._since_s.get((replica.id, replica.state), now_s),
+                is_external=True,
+                url=replica.endpoints.url,
+            )
+            for replica in self.replicas()
+        ]
+
+    async def _follow(self, name: str) -> None:
+        while True:
+            try:
+                known = await self._fleets[name].watch(self._known.get(name))
+            except Exception:  # supervision boundary: a server's odd answer must not end the probing
+                log.exception("probing the servers of %s failed", name)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if known is not self._known.get(name):
+                self._known[name] = known
+                now_s = time.monotonic()
+                states = [(replica.id, replica.state) for replica in self.replicas()]
+                self._since_s = {state: self._since_s.get(state, now_s) for state in states}
+                self._changed()

@@ -1,0 +1,212 @@
+"""One `headrace serve`, from nothing to a ready fleet and back to nothing.
+
+    port bound -> checks -> Ray -> controller -> replicas ready -> gateway serves ... signal -> drain -> all gone
+
+Whatever ends it, at whatever moment, goes through the same tear-down. The slow steps before `ready` can be left
+at any time; only Ray's own start (3 s, blocking) is waited for, since half a Ray cannot be stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from typing import Any
+
+from headrace.config import Config
+from headrace.errors import FatalStartError, StartError
+from headrace.fleet import cluster, preflight, run_file
+from headrace.fleet.membership import ControllerMembership
+from headrace.fleet.screen import Screen
+from headrace.fleet.specs import expand
+from headrace.fleet.status import FleetStatus
+from headrace.gateway.server import GatewayServer
+
+_POLL_S = 0.5
+_STAY_POLL_S = 1.0
+_MAX_START_FAILURES = 3
+"""Failed starts in a row of one replica after which the fleet's start is given up."""
+_SHUTDOWN_TIMEOUT_S = 10.0
+_CALL_TIMEOUT_S = 10.0
+
+
+class Launch:
+    """Runs once."""
+
+    def __init__(self, config: Config, screen: Screen, address: str | None = None) -> None:
+        """`address`: a Ray cluster to join; None starts one on this machine."""
+        self._config = preflight.with_absolute_sources(config)
+        self._screen = screen
+        self._address = address
+        self._membership = ControllerMembership()
+        self._gateway = GatewayServer(
+            self._config.gateway, self._membership, dead_after_s=self._config.fleet.dead_after_s
+        )
+        self._connecting: asyncio.Task[cluster.Connection] | None = None
+        self._controller: Any = None
+        self._told_to_stop = asyncio.Event()
+        self._announcement = contextlib.ExitStack()
+
+    async def run(self) -> None:
+        """Return after SIGINT or SIGTERM, with everything gone. Raises StartError when the start fails, likewise."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self._told_to_stop.set)
+        try:
+            await self._until_told_to_stop(self._bring_up_and_stay())
+        finally:
+            self._screen.end_progress()
+            self._told_to_stop.clear()
+            await self._tear_down()
+
+    async def _until_told_to_stop(self, work: Any) -> bool:
+        """Do `work`, or leave it when told to stop. Returns whether it was finished; raises what it raises."""
+        working = asyncio.ensure_future(work)
+        told = asyncio.ensure_future(self._told_to_stop.wait())
+        await asyncio.wait((working, told), return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if working.done():
+            working.result()
+            return True
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return False
+
+    async def _bring_up_and_stay(self) -> None:
+        host, port = self._gateway.bind()
+        self._check_machine()
+        connection = await self._connect()
+        await self._check_cluster()
+        token = secrets.token_urlsafe(32)
+        await self._start_controller(connection, token)
+        status = await self._wait_until_ready()
+        await self._gateway.start(internal_token=token)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        pid, name = os.getpid(), self._config.fleet.name
+        run = run_file.Run(pid, run_file.began(pid), name, url, connection.address, connection.auth_token)
+        with contextlib.suppress(OSError):  # without the file only `headrace status` is lost
+            self._announcement.enter_context(run_file.announced(run))
+        self._screen.ready(url, status)
+        await self._stay()
+
+    def _check_machine(self) -> None:
+        preflight.check_packages(self._config)
+        if self._address is None:
+            preflight.check_sources(self._config)
+            specs = expand(self._config, len(os.sched_getaffinity(0)), num_gpus=0)
+            asked_for_gpus = any(spec.num_gpus for spec in specs)
+            if not asked_for_gpus and not _has_gpus():
+                preflight.check_memory(specs, preflight.available_memory_bytes())
+
+    async def _connect(self) -> cluster.Connection:
+        if self._address is None:
+            self._screen.say("starting Ray on this machine (about 3 s)")
+            connecting = asyncio.to_thread(cluster.start_local)
+        else:
+            self._screen.say(f"joining the Ray cluster at {self._address}")
+            connecting = asyncio.to_thread(cluster.join, self._address)
+        self._connecting = asyncio.ensure_future(connecting)
+        return await asyncio.shield(self._connecting)
+
+    async def _check_cluster(self) -> None:
+        import ray
+
+        resources: dict[str, float] = await asyncio.to_thread(ray.cluster_resources)
+        num_cores, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        preflight.check_devices(expand(self._config, num_cores, num_gpus), num_cores, num_gpus)
+
+    async def _start_controller(self, connection: cluster.Connection, token: str) -> None:
+        import ray
+
+        from headrace.fleet.controller import Controller
+        from headrace.fleet.replica_host import NAMESPACE, controller_name
+
+        fleet = self._config.fleet.name
+        options: dict[str, Any] = {
+            "name": controller_name(fleet),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": -1,
+            "max_concurrency": 1000,
+            "num_cpus": 0,
+        }
+        # On one machine loopback is enough, and nothing else can reach it.
+        host = "127.0.0.1" if connection.is_local else None
+        try:
+            controller = ray.remote(Controller).options(**options).remote(self._config, token, host)
+        except ValueError as error:  # the name is taken
+            raise FatalStartError(
+                f"fleet {fleet!r} runs on this cluster already; see `headrace status`, or set another fleet.name"
+            ) from error
+        self._controller = controller
+        await controller.begin.remote()
+        self._membership.follow(controller)
+
+    async def _wait_until_ready(self) -> FleetStatus:
+        limit_s = self._config.fleet.start_timeout_s
+        deadline_s = time.monotonic() + limit_s
+        while True:
+            status: FleetStatus = await self._controller.status.remote()
+            self._screen.progress(status)
+            own = [replica for replica in status.replicas if not replica.is_external]
+            for replica in own:
+                if replica.failures and (replica.is_fatal or replica.failures >= _MAX_START_FAILURES):
+                    family = FatalStartError if replica.is_fatal else StartError
+                    raise family(f"{replica.id} did not start: {replica.reason}")
+            if status.is_surveyed and all(replica.is_ready for replica in own):
+                return status
+            if time.monotonic() > deadline_s:
+                late = ", ".join(replica.id for replica in own if not replica.is_ready)
+                raise StartError(f"not ready after {limit_s:g} s (fleet.start_timeout_s): {late}")
+            await asyncio.sleep(_POLL_S)
+
+    async def _stay(self) -> None:
+        """Say what becomes of the replicas, for as long as it runs."""
+        import ray
+
+        is_away = False
+        while True:
+            await asyncio.sleep(_STAY_POLL_S)
+            try:
+                status = await asyncio.wait_for(self._controller.status.remote(), _CALL_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                if not is_away:
+                    self._screen.say("the controller does not answer; serving on")
+                is_away = True
+                continue
+            is_away = False
+            self._screen.changes(status)
+
+    async def _tear_down(self) -> None:
+        drain_s = self._config.fleet.drain_timeout_s
+        if self._gateway.context is not None:
+            self._screen.say(f"stopping: running requests have {drain_s:g} s; once more to cut them")
+        if not await self._until_told_to_stop(self._gateway.stop(drain_s)):
+            await self._gateway.stop(0.0)
+        self._announcement.close()
+        if self._connecting is None:
+            return
+        connection = None
+        with contextlib.suppress(StartError):
+            connection = await self._connecting
+        if connection is not None and self._controller is not None:
+            await self._end_fleet(connection)
+        await asyncio.to_thread(cluster.leave, connection)
+
+    async def _end_fleet(self, connection: cluster.Connection) -> None:
+        """The gateway has drained, so replicas end at once. Our own cluster's end takes care of what this misses."""
+        import ray
+
+        ending = self._controller.shutdown.remote(0.0)
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(ending, _SHUTDOWN_TIMEOUT_S if not connection.is_local else _POLL_S)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._controller, no_restart=True)
+
+
+def _has_gpus() -> bool:
+    """Whether Ray will find GPUs here; `device: auto` then means them, and host memory is not the limit."""
+    return any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl"))

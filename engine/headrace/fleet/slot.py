@@ -1,0 +1,91 @@
+"""One place in the fleet: the replica that should be there and what has become of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from headrace.backends.base import Started
+from headrace.fleet.placement import Placement
+from headrace.fleet.reconcile import Observed, failures_after, has_given_up
+from headrace.fleet.replica_host import Hosted
+from headrace.fleet.specs import ReplicaSpec
+from headrace.fleet.status import ReplicaPulse, ReplicaStatus
+from headrace_router.types import Replica, ReplicaState
+
+
+@dataclass(slots=True)
+class Slot:
+    """Mutable; the controller's own."""
+
+    spec: ReplicaSpec
+    state: ReplicaState
+    since_s: float
+    failures: int = 0
+    is_fatal: bool = False
+    reason: str = ""
+    starts: int = 0
+    placement: Placement | None = None
+    hosted: Hosted | None = None
+    started: Started | None = None
+    pulse: ReplicaPulse | None = None
+    life: asyncio.Task[None] | None = None
+
+    def enter(self, state: ReplicaState, now_s: float) -> None:
+        if state is not self.state:
+            self.state, self.since_s = state, now_s
+
+    def fail(self, reason: str, is_fatal: bool, now_s: float) -> None:
+        """The replica is gone; the reason stays until the next failure."""
+        self.failures = failures_after(self.observed, now_s)
+        self.reason, self.is_fatal = reason, is_fatal
+        self.started = self.pulse = self.placement = None
+        self.enter(ReplicaState.FAILED, now_s)
+
+    @property
+    def observed(self) -> Observed:
+        return Observed(self.spec.id, self.state, self.since_s, self.failures, self.is_fatal)
+
+    @property
+    def replica(self) -> Replica | None:
+        """As the gateways see it, None where there is nothing to see."""
+        started = self.started
+        if started is None or self.state not in (ReplicaState.READY, ReplicaState.DRAINING):
+            return None
+        return Replica(
+            id=self.spec.id,
+            boot_id=started.boot_id,
+            model=self.spec.model,
+            role=self.spec.role,
+            endpoints=started.endpoints,
+            state=self.state,
+            block_size=started.block_size,
+            num_blocks=started.num_blocks,
+            max_model_len=started.max_model_len,
+            node=self.pulse.node if self.pulse else "",
+        )
+
+    def row(self, now_s: float) -> ReplicaStatus:
+        pulse = self.pulse
+        return ReplicaStatus(
+            id=self.spec.id,
+            model=self.spec.model,
+            role=self.spec.role,
+            state=self.state,
+            state_s=now_s - self.since_s,
+            phase=pulse.phase if pulse else "",
+            start_s=pulse.start_s if pulse else 0.0,
+            running=pulse.running if pulse else None,
+            waiting=pulse.waiting if pulse else None,
+            kv_use=pulse.kv_use if pulse else None,
+            backlog_tokens=pulse.backlog_tokens if pulse else None,
+            node=pulse.node if pulse else "",
+            pid=pulse.pid if pulse else None,
+            url=self.started.endpoints.url if self.started else "",
+            boot_id=self.started.boot_id if self.started else "",
+            restarts=max(0, self.starts - 1),
+            failures=self.failures,
+            is_fatal=self.is_fatal,
+            has_given_up=has_given_up(self.observed),
+            reason=self.reason,
+        )

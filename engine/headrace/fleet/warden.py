@@ -1,0 +1,74 @@
+"""Nothing outlives its owner: finding and ending every process that carries a mark.
+
+A mark is an environment variable with a random value. Children inherit it whatever they do with process groups,
+sessions and parents, so a look through /proc finds all that a killed owner left behind.
+
+As a program (`python warden.py PID NAME=VALUE`) it waits for process PID to end and then ends all that carry the
+mark. PR_SET_PDEATHSIG was rejected: it must be set in each child, which vLLM spawns itself, and fires when the
+*thread* that spawned the child ends. Imports nothing but the standard library, so that it costs 10 MB and 20 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+
+_PAUSE_S = 0.02
+
+
+def marked(mark: str) -> list[int]:
+    """Processes of this user whose initial environment holds `mark` ("NAME=VALUE"), without this one."""
+    wanted = mark.encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as environ:
+                variables = environ.read().split(b"\0")
+        except OSError:  # gone, or another user's
+            continue
+        if wanted in variables:
+            found.append(int(name))
+    return found
+
+
+def end_all(mark: str, grace_s: float) -> int:
+    """Wait up to `grace_s` for the marked processes to end by themselves, then kill the rest.
+
+    Returns how many had to be killed. Looks again until none is left: a dying process may still spawn.
+    """
+    deadline = time.monotonic() + grace_s
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+    killed: set[int] = set()
+    give_up = time.monotonic() + 5.0
+    while (left := marked(mark)) and time.monotonic() < give_up:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        killed.update(left)
+        time.sleep(_PAUSE_S)
+    return len(killed)
+
+
+def main(pid: int, mark: str) -> None:
+    """Wait for `pid` to end, however it ends, then kill what carries `mark`."""
+    # Only the owner ends the warden: a terminal's Ctrl-C and a group-wide SIGTERM must not end it first.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    if os.getppid() == pid:  # else it has ended before this line
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+    end_all(mark, grace_s=0.0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
