@@ -27,7 +27,7 @@ from headrace_router.types import Role
 class Tree(BaseModel):
     """A frozen node. Unknown keys are rejected, and so is `port: yes`: YAML's types must be the field's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 Lenient = Field(strict=False)

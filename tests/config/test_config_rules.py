@@ -1,0 +1,105 @@
+"""Parts of a configuration that contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace.config import parse
+from headrace.errors import ConfigError
+
+
+def problems(*models: dict[str, Any], **branches: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse({"models": [{"name": "m", **model} for model in models], **branches})
+    return str(caught.value)
+
+
+def test_model_names_are_unique() -> None:
+    assert "models[1].name 'm' is used by 2 models" in problems({}, {})
+
+
+def test_an_external_model_needs_urls() -> None:
+    assert "models[0].urls is empty" in problems({"backend": "external"})
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("localhost:8000", "of the form http://HOST:PORT"),
+        ("http://", "of the form http://HOST:PORT"),
+        ("http://a:0", "of the form http://HOST:PORT"),
+        ("http://a:99999", "Port out of range"),
+        ("http://[::1", "of the form http://HOST:PORT"),
+        ("http://a?x=1", "without user, query or fragment"),
+        ("http://user:pass@a", "without user, query or fragment"),
+        ("http://a/v1", "leave out /v1"),
+    ],
+)
+def test_a_url_of_another_form_is_rejected(url: str, fault: str) -> None:
+    assert fault in problems({"backend": "external", "urls": [url]})
+
+
+def test_a_url_stands_once() -> None:
+    assert "stands twice" in problems({"backend": "external", "urls": ["http://a:1", "http://a:1"]})
+
+
+def test_good_urls_pass() -> None:
+    urls = ["http://127.0.0.1:8001", "https://a.example", "http://[::1]:8000", "http://a/prefix"]
+    assert len(parse({"models": [{"name": "m", "backend": "external", "urls": urls}]}).models[0].urls) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "backend"),
+    [
+        ("urls", ["http://a"], "vllm"),
+        ("api_key", "k", "vllm"),
+        ("simulated", {}, "vllm"),
+        ("source", "x", "simulated"),
+    ],
+)
+def test_a_key_of_another_backend_is_rejected(key: str, value: object, backend: str) -> None:
+    assert f"models[0].{key} means something only with backend" in problems({"backend": backend, key: value})
+
+
+def test_an_external_model_has_no_pools() -> None:
+    assert "models[0].pools" in problems({"backend": "external", "urls": ["http://a"], "pools": [{}]})
+
+
+def test_a_model_has_one_pool_of_each_role() -> None:
+    assert "it may have one of each role" in problems({"pools": [{}, {}]})
+
+
+def test_prefill_and_decode_come_together() -> None:
+    assert "a pool with role 'prefill' and none with 'decode'" in problems({"pools": [{"role": "prefill"}]})
+    parse({"models": [{"name": "m", "pools": [{"role": "prefill"}, {"role": "decode"}]}]})
+
+
+def test_parallel_workers_on_cpu_need_a_core_each() -> None:
+    assert "models[0].pools[0].cpus is 1; on device 'cpu' it must be at least 2" in problems(
+        {"pools": [{"device": "cpu", "tensor_parallel": 2}]}
+    )
+    parse({"models": [{"name": "m", "pools": [{"device": "cpu", "tensor_parallel": 2, "cpus": 2}]}]})
+
+
+@pytest.mark.parametrize("name", ["served_model_name", "served-model-name"])
+def test_an_engine_argument_that_has_a_key_of_its_own_is_sent_there(name: str) -> None:
+    assert f"engine.{name} cannot be set here; set models[].name" in problems(
+        {"pools": [{"engine": {name: "x"}}]}
+    )
+
+
+def test_a_simulated_model_takes_no_engine_arguments() -> None:
+    said = problems({"backend": "simulated", "pools": [{"engine": {"max_model_len": 1}}]})
+    assert "models[0].pools[0].engine holds vLLM's arguments" in said
+
+
+def test_a_simulated_prompt_of_full_length_must_fit_the_cache() -> None:
+    simulated = {"block_size": 16, "num_blocks": 4, "max_model_len": 65}
+    said = problems({"backend": "simulated", "simulated": simulated})
+    assert "models[0].simulated.max_model_len is 65; it must be at most 64" in said
+
+
+def test_a_late_report_is_not_a_death() -> None:
+    assert "fleet.dead_after_s is 0.1; it must be at least 0.2" in problems({}, fleet={"dead_after_s": 0.1})
