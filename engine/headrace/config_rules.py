@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from headrace.backends.vllm_arguments import OWNED
+from headrace.backends.owned_arguments import OWNED
 from headrace.config import Config, Model, Pool
 from headrace.config_file import KeyPath
 from headrace.config_problems import Problem, dotted
@@ -79,7 +79,7 @@ def _of_model(model: Model, path: KeyPath) -> Iterator[Problem]:
 def _of_pool(pool: Pool, model: Model, path: KeyPath) -> Iterator[Problem]:
     here = dotted(path)
     workers = pool.tensor_parallel * pool.pipeline_parallel
-    if pool.device == "cpu" and 1 < workers and pool.cpus < workers:
+    if pool.device == "cpu" and workers > 1 and pool.cpus < workers:
         yield Problem(
             (*path, "cpus"),
             f"{here}.cpus is {pool.cpus:g}; on device 'cpu' it must be at least {workers}, a core for each of "

@@ -78,7 +78,10 @@ def test_an_unknown_key_deep_in_a_list_is_found() -> None:
         ({"port": True}, "gateway.port is true; it must be a whole number"),
         ({"port": None}, "gateway.port is empty; it must be a whole number"),
         ({"timeouts": {"head_s": 0}}, "gateway.timeouts.head_s is 0; it must be more than 0.0"),
-        ({"timeouts": {"head_s": float("nan")}}, "gateway.timeouts.head_s is nan; it must be a finite number"),
+        (
+            {"timeouts": {"head_s": float("nan")}},
+            "gateway.timeouts.head_s is nan; it must be a finite number",
+        ),
         (
             {"timeouts": {"idle_s": float("inf")}},
             "gateway.timeouts.idle_s is inf; it must be a finite number",

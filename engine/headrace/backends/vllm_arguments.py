@@ -13,20 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from headrace.backends.owned_arguments import OWNED
 from headrace.errors import FatalStartError
-
-OWNED = {
-    "api_key": "nothing: replicas take the fleet's internal token only",
-    "distributed_executor_backend": "nothing: it follows from the devices",
-    "host": "gateway.host",
-    "kv_events_config": "nothing: the router needs the events as they are",
-    "model": "models[].source",
-    "pipeline_parallel_size": "pools[].pipeline_parallel",
-    "port": "gateway.port",
-    "served_model_name": "models[].name",
-    "tensor_parallel_size": "pools[].tensor_parallel",
-}
-"""Engine arguments that Headrace sets itself, and where the user says what they should be."""
 
 ANY_PORT = "tcp://*:0"
 """The one form for which vLLM's event publisher binds the node's own address (VLLM_HOST_IP) on a free port:
