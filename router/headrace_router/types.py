@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 ReplicaId = NewType("ReplicaId", str)
 """Name of one replica slot, stable across restarts: ``smollm2-unified-0``."""
@@ -106,9 +106,8 @@ class LoadReport:
     iterations: tuple[Iteration, ...] = ()  # steps since the last report, newest last, at most 64
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a policy may know of a request."""
+class Request(NamedTuple):
+    """What a policy may know of a request. A tuple: one is made per request, a frozen dataclass costs 1 µs more."""
 
     model: str
     prompt_bytes: int = 0  # length of the request body

@@ -31,14 +31,14 @@ BAD_BODIES = {
     "an array": (b'["m"]', 400, "JSON"),
     "trailing data": (b'{"model":"m"} {}', 400, "JSON"),
     "model missing": (b'{"prompt":"x"}', 400, "model"),
-    "model a number": (b'{"model":5}', 400, "number"),
-    "model an object": (b'{"model":{}}', 400, "object"),
+    "model a number": (b'{"model":5}', 400, "string"),
+    "model an object": (b'{"model":{}}', 400, "string"),
     "model null": (b'{"model":null}', 400, "model"),
     "model unknown": (b'{"model":"nope"}', 404, "nope"),
     "invalid UTF-8": (b'{"model":"m","prompt":"\xff\xfe"}', 400, "UTF-8"),
-    "nested 10,000 deep": (b'{"model":"m","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400, "depth"),
+    "nested 10,000 deep": (b'{"model":"m","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400, "JSON"),
     "nested 200 deep": (b'{"model":"m","x":' + b"[" * 200 + b"]" * 200 + b"}", 400, "deeper than 128"),
-    "unclosed 100,000 deep": (b'{"model":"m","x":' + b"[" * 100_000, 400, "depth"),
+    "unclosed 100,000 deep": (b'{"model":"m","x":' + b"[" * 100_000, 400, "JSON"),
 }
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from headrace.errors import BodyTooLarge, HeadraceError
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
-from headrace.gateway.relay import Exchange
-from headrace.gateway.upstream import Header
+from headrace.gateway.relay import Exchange, Header
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -44,7 +43,8 @@ class RelayApp:
             body = await self._read_body(receive)
         except HeadraceError as error:
             content = openai.error_body(error)
-            client.send_head(error.status, openai.error_headers(error), len(content))
+            fields = openai.error_fields(error, openai.request_id(None))
+            client.send_head(error.status, fields, len(content))
             client.send_body(content)
             client.end()
             await client.write_all()
@@ -105,9 +105,13 @@ class AsgiClient:
         self._paused = False
         self.exchange: Exchange | None = None
 
-    def send_head(self, status: int, headers: list[Header], content_length: int | None) -> None:
+    def send_head(self, status: int, fields: bytes, content_length: int | None) -> None:
+        headers: list[Header] = []
+        for line in fields.split(b"\r\n")[:-1]:
+            name, _, value = line.partition(b":")
+            headers.append((name.lower(), value.strip()))
         if content_length is not None:
-            headers = [*headers, (b"content-length", b"%d" % content_length)]
+            headers.append((b"content-length", b"%d" % content_length))
         self._messages.append({"type": "http.response.start", "status": status, "headers": headers})
 
     def send_body(self, data: bytes) -> None:

@@ -39,6 +39,8 @@ class GatewayContext:
     ) -> None:
         """`authorization`: the header value that replicas of our own fleet ask for, instead of the client's."""
         self.config = config
+        self.timeouts = config.timeouts
+        self.json_depth = config.limits.json_depth
         self.router = router
         self.loop = loop
         self.pool = UpstreamPool(loop, monotonic)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 import msgspec
@@ -43,25 +43,25 @@ INFERENCE_PATHS: frozenset[bytes] = frozenset(
 _USAGE_ON_REQUEST = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 
 
-class _Fields(msgspec.Struct):
-    """What the gateway reads of a JSON body. `object` where a wrong type must not fail the decoding."""
+class Parsed(msgspec.Struct, gc=False):
+    """The fields of a body that routing and relaying need. `object` where a wrong type is the engine's to refuse."""
 
-    model: object = None
-    stream: object = None
+    model: str = ""
+    stream: object = False
     stream_options: object = None
     user: object = None
     max_tokens: object = None
     max_completion_tokens: object = None
 
+    @property
+    def session(self) -> str | None:
+        return self.user if isinstance(self.user, str) else None
 
-class Parsed(NamedTuple):
-    """The fields that routing and relaying need, checked."""
-
-    model: str
-    stream: bool
-    user: str | None
-    max_tokens: int | None
-    usage_wanted: bool  # the client itself asked for the usage chunk of a stream
+    @property
+    def answer_tokens(self) -> int | None:
+        """The bound on the answer's length, where there is one."""
+        bound = self.max_completion_tokens or self.max_tokens
+        return bound if isinstance(bound, int) else None
 
 
 class Usage(NamedTuple):
@@ -72,7 +72,7 @@ class Usage(NamedTuple):
     cached_tokens: int
 
 
-_decode_fields = msgspec.json.Decoder(_Fields).decode
+_decode_fields = msgspec.json.Decoder(Parsed).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -90,25 +90,24 @@ def parse_body(body: bytes, json_depth: int) -> Parsed:
         except UnicodeDecodeError as error:
             raise BadRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     try:
-        fields = _decode_fields(body)
+        parsed = _decode_fields(body)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from None
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"the body is not a valid JSON object: {error}") from None
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
     if _too_deep(body, json_depth):
         raise BadRequest(f"the body is nested deeper than {json_depth} levels")
-    model = fields.model
-    if not isinstance(model, str):
-        if model is None:
-            raise BadRequest("you must provide a model parameter", param="model")
-        raise BadRequest(f"model must be a string, not {_json_type(model)}", param="model")
-    options = fields.stream_options
-    max_tokens = fields.max_completion_tokens or fields.max_tokens
-    return Parsed(
-        model=model,
-        stream=fields.stream is True,
-        user=fields.user if isinstance(fields.user, str) else None,
-        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
-        usage_wanted=options is not None,
-    )
+    if not parsed.model:
+        raise BadRequest("you must provide a model parameter", param="model")
+    return parsed
+
+
+def _wrong_type(error: msgspec.ValidationError) -> BadRequest:
+    """msgspec says "Expected `str`, got `int` - at `$.model`"."""
+    words = str(error)
+    if words.endswith("`$.model`"):
+        return BadRequest(f"model must be a string: {words.partition(' - ')[0].lower()}", param="model")
+    return BadRequest(f"the body must be a JSON object: {words.lower()}")
 
 
 def _too_deep(body: bytes, limit: int) -> bool:
@@ -130,11 +129,6 @@ def _too_deep(body: bytes, limit: int) -> bool:
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
-def _json_type(value: object) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
 _FORM_MODEL = re.compile(
     rb'content-disposition:[^\r\n]*\bname="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{0,512})\r\n--',
     re.IGNORECASE,
@@ -150,12 +144,12 @@ def parse_form(body: bytes) -> Parsed:
         model = match[1].decode()
     except UnicodeDecodeError:
         raise BadRequest("model is not valid UTF-8", param="model") from None
-    return Parsed(model, stream=False, user=None, max_tokens=None, usage_wanted=True)
+    return Parsed(model)
 
 
 def asks_usage(path: bytes, parsed: Parsed) -> bool:
     """Whether the usage of this stream must be asked for in the client's stead (and taken out of its answer)."""
-    return parsed.stream and not parsed.usage_wanted and path in _USAGE_ON_REQUEST
+    return parsed.stream is True and parsed.stream_options is None and path in _USAGE_ON_REQUEST
 
 
 def with_usage(body: bytes) -> bytes:
@@ -166,7 +160,24 @@ def with_usage(body: bytes) -> bytes:
 
 # A quote inside a JSON string is escaped, so an unescaped `"usage":{` can only be the field itself.
 _USAGE = re.compile(rb'"usage":\s?(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-_decode_usage = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = 0
+
+
+class _UsageFields(msgspec.Struct, gc=False):
+    """OpenAI's names, and Anthropic's."""
+
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = 0
+    output_tokens: int | None = 0
+    input_tokens_details: _Details | None = None
+
+
+_decode_usage = msgspec.json.Decoder(_UsageFields).decode
 
 
 def find_usage(data: bytes) -> Usage | None:
@@ -181,16 +192,12 @@ def find_usage(data: bytes) -> Usage | None:
         usage = _decode_usage(match[1])
     except msgspec.DecodeError:
         return None
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    details = usage.prompt_tokens_details or usage.input_tokens_details
     return Usage(
-        prompt_tokens=_count(usage.get("prompt_tokens", usage.get("input_tokens"))),
-        completion_tokens=_count(usage.get("completion_tokens", usage.get("output_tokens"))),
-        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
+        usage.prompt_tokens or usage.input_tokens or 0,
+        usage.completion_tokens or usage.output_tokens or 0,
+        details.cached_tokens or 0 if details is not None else 0,
     )
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def error_body(error: HeadraceError) -> bytes:
@@ -212,12 +219,12 @@ def error_event(error: HeadraceError) -> bytes:
     return b"data: " + error_body(error) + b"\n\n"
 
 
-def error_headers(error: HeadraceError) -> list[tuple[bytes, bytes]]:
-    """Headers that go with an error body."""
-    headers = [(b"content-type", b"application/json")]
+def error_fields(error: HeadraceError, request_id: bytes) -> bytes:
+    """The header lines that go with an error body."""
+    fields = b"content-type: application/json\r\nx-request-id: %b\r\n" % request_id
     if isinstance(error, ShortageError):
-        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s))))
-    return headers
+        fields += b"retry-after: %d\r\n" % max(1, round(error.retry_after_s))
+    return fields
 
 
 def as_headrace_error(error: BaseException) -> HeadraceError:

@@ -23,7 +23,6 @@ from headrace.errors import BadRequest, BodyTooLarge, HeadraceError, HeadTooLarg
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.relay import Exchange, client_timeout
-from headrace.gateway.upstream import Header
 
 # How long a connection that was answered early (body too large, say) may go on sending before it is cut. Closing at
 # once would reset it, and the client would lose the answer that tells it why.
@@ -79,7 +78,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self._receiving:
             self._receiving = True
             self._head_bytes = 0
-            self.deadline_s = monotonic() + self._context.config.timeouts.head_s
+            self.deadline_s = monotonic() + self._context.timeouts.head_s
         if self._head_bytes >= 0:  # the head is still coming
             self._head_bytes += len(data)
         self._feed(data)
@@ -135,6 +134,7 @@ class GatewayProtocol(HttpToolsProtocol):
             # A pipelined request: answer the first, then close; the client sends the second again (RFC 9112, 9.3.2).
             self._deaf = True
             self._keep_alive = False
+            self.headers = []  # the first request's own list is in use
             if self.cycle is not None:
                 self.cycle.keep_alive = False
             return
@@ -155,8 +155,7 @@ class GatewayProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._deaf:
-            super().on_header(name, value)
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self._deaf or self.parser.should_upgrade():
@@ -167,7 +166,7 @@ class GatewayProtocol(HttpToolsProtocol):
             if head_bytes > limit:
                 raise HeadTooLarge(f"the request head is {head_bytes} bytes, over the limit of {limit}")
         self._head_bytes = -1
-        self.deadline_s = monotonic() + self._context.config.timeouts.body_s
+        self.deadline_s = monotonic() + self._context.timeouts.body_s
         parser = self.parser
         path = self.url.partition(b"?")[0]
         if path in openai.INFERENCE_PATHS and parser.get_method() == b"POST":
@@ -179,9 +178,10 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self.url.startswith(b"/"):
             raise BadRequest("the request target must be a path")
         # The base class builds the ASGI scope when a message begins; here only those that need one pay for it.
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        url, headers = self.url, self.headers
         super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
+        self.url = url
+        self.expect_100_continue = (b"expect", b"100-continue") in headers
         self.headers.extend(headers)
         super().on_headers_complete()
 
@@ -192,6 +192,8 @@ class GatewayProtocol(HttpToolsProtocol):
                 raise BodyTooLarge(f"the body is {int(value)} bytes, over the limit of {limit}")
             if name == b"content-type":
                 self._content_type = value
+            elif name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
         if self.expect_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -202,7 +204,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         if self._body_bytes > limit:
             raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
-        self.deadline_s = monotonic() + self._context.config.timeouts.body_s
+        self.deadline_s = monotonic() + self._context.timeouts.body_s
         if self._relayed:
             self._body.append(body)
         else:
@@ -224,17 +226,16 @@ class GatewayProtocol(HttpToolsProtocol):
 
     # --- relay.Client
 
-    def send_head(self, status: int, headers: list[Header], content_length: int | None) -> None:
-        out = self._out
-        out.append(STATUS_LINE[status])
-        for name, value in headers:
-            out += (name, b": ", value, b"\r\n")
-        self._chunked = content_length is None and not self._old_client
+    def send_head(self, status: int, fields: bytes, content_length: int | None) -> None:
         if content_length is not None:
-            out.append(b"content-length: %d\r\n" % content_length)
-        elif self._chunked:
-            out.append(b"transfer-encoding: chunked\r\n")
-        out.append(b"\r\n" if self._keep_alive else b"connection: close\r\n\r\n")
+            framing = b"content-length: %d\r\n" % content_length
+        elif self._old_client:
+            framing = b""
+        else:
+            self._chunked = True
+            framing = b"transfer-encoding: chunked\r\n"
+        end = b"\r\n" if self._keep_alive else b"connection: close\r\n\r\n"
+        self._out.append(b"%b%b%b%b" % (STATUS_LINE[status], fields, framing, end))
 
     def send_body(self, data: bytes) -> None:
         if self._chunked:
@@ -252,7 +253,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self._keep_alive:
             self._close()
         else:
-            self.deadline_s = monotonic() + self._context.config.timeouts.keep_alive_s
+            self.deadline_s = monotonic() + self._context.timeouts.keep_alive_s
 
     def flush(self) -> None:
         if self._out:
@@ -270,13 +271,13 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._unset_keepalive_if_required()  # `deadline_s` does that here
-        self.deadline_s = monotonic() + self._context.config.timeouts.keep_alive_s
+        self.deadline_s = monotonic() + self._context.timeouts.keep_alive_s
         if self._deaf and not self.transport.is_closing():
             self._close()
 
     def expire(self) -> None:
         """`deadline_s` has passed: the client did not send in time, or has been idle long enough."""
-        timeouts = self._context.config.timeouts
+        timeouts = self._context.timeouts
         if self._busy:  # an answer is under way and has its own deadline
             self.deadline_s = float("inf")
         elif self._deaf:
@@ -306,8 +307,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         self._old_client = False
         body = openai.error_body(error)
-        headers = [*openai.error_headers(error), (b"x-request-id", openai.request_id(None))]
-        self.send_head(error.status, headers, len(body))
+        self.send_head(error.status, openai.error_fields(error, openai.request_id(None)), len(body))
         self.send_body(body)
         self.flush()
         self._context.metrics.unknown.finish(error.status, type(error).__name__, 0.0, None)

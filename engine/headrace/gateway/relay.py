@@ -30,8 +30,9 @@ from headrace.errors import (
 )
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.http_response import ResponseHead
 from headrace.gateway.sse import EventRelay
-from headrace.gateway.upstream import Header, Target, UpstreamConnection
+from headrace.gateway.upstream import Target, UpstreamConnection
 from headrace_router.load_table import Booking
 from headrace_router.types import ReplicaId, Request
 
@@ -42,18 +43,19 @@ _DROPPED_REQUEST_HEADERS = frozenset(
     b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade expect "
     b"content-length accept-encoding x-request-id".split()
 )
-_DROPPED_RESPONSE_HEADERS = frozenset(
-    b"connection keep-alive proxy-connection transfer-encoding upgrade trailer content-length server date "
-    b"x-request-id".split()
-)
 # Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
 _ILL_STATUSES = frozenset({502, 503})
+
+
+Header = tuple[bytes, bytes]
 
 
 class Client(Protocol):
     """The side of an exchange that faces the client. Writes are buffered until `flush`; none of them blocks."""
 
-    def send_head(self, status: int, headers: list[Header], content_length: int | None) -> None: ...
+    def send_head(self, status: int, fields: bytes, content_length: int | None) -> None:
+        """`fields`: header lines, each ended by CRLF, without those that frame the body."""
+        ...
 
     def send_body(self, data: bytes) -> None: ...
 
@@ -71,37 +73,25 @@ class Client(Protocol):
 class Exchange:
     """One request and its answer."""
 
-    __slots__ = (
-        "_authorization",
-        "_body",
-        "_booking",
-        "_client",
-        "_connecting",
-        "_connection",
-        "_context",
-        "_error_kind",
-        "_events",
-        "_excluded",
-        "_first_byte_s",
-        "_forwarded",
-        "_hide_usage",
-        "_last_byte_s",
-        "_length",
-        "_measures",
-        "_method",
-        "_parsed",
-        "_path",
-        "_paused",
-        "_started_s",
-        "_status",
-        "_tail",
-        "_target",
-        "_tries",
-        "deadline_s",
-        "done",
-        "reason",
-        "request_id",
-    )
+    # Defaults stand on the class: an exchange only pays for what happens to it.
+    request_id = b""
+    reason = ""
+    done = False
+    _authorization = b""
+    _parsed: openai.Parsed | None = None
+    _booking: Booking | None = None
+    _connecting: asyncio.Task[None] | None = None
+    _connection: UpstreamConnection | None = None
+    _excluded: frozenset[ReplicaId] = frozenset()
+    _tries = 0
+    _events: EventRelay | None = None
+    _hide_usage = False
+    _tail = b""
+    _status = 0
+    _paused = False
+    _first_byte_s = 0.0
+    _last_byte_s = 0.0
+    _error_kind = ""
 
     def __init__(
         self, context: GatewayContext, client: Client, target: bytes, headers: list[Header], body: bytes
@@ -110,35 +100,14 @@ class Exchange:
         self._context = context
         self._client = client
         self._target = target
-        self._path = target.partition(b"?")[0]
         self._body = body
-        self._forwarded = b""
-        self._authorization = b""
-        self.request_id = b""
-        self._parsed: openai.Parsed | None = None
         self._measures = context.metrics.unknown
-        self._booking: Booking | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._connection: UpstreamConnection | None = None
-        self._excluded: frozenset[ReplicaId] = frozenset()
-        self._tries = 0
-        self._events: EventRelay | None = None
-        self._hide_usage = False
-        self._tail = b""
-        self._status = 0
-        self._length: int | None = None
-        self._paused = False
         self._started_s = monotonic()
-        self._first_byte_s = 0.0
-        self._last_byte_s = 0.0
-        self._error_kind = ""
-        self.reason = ""
-        self.deadline_s = self._started_s + context.config.timeouts.first_byte_s
-        self.done = False
+        self.deadline_s = self._started_s + context.timeouts.first_byte_s
         self._read_headers(headers)
 
     def _read_headers(self, headers: list[Header]) -> None:
-        forwarded = []
+        forwarded: list[bytes] = []
         given_id = None
         for name, value in headers:
             if name == b"authorization":
@@ -146,7 +115,7 @@ class Exchange:
             elif name == b"x-request-id":
                 given_id = value
             elif name not in _DROPPED_REQUEST_HEADERS:
-                forwarded += [name, b": ", value, b"\r\n"]
+                forwarded += (name, b": ", value, b"\r\n")
         self._forwarded = b"".join(forwarded)
         self.request_id = openai.request_id(given_id)
 
@@ -170,14 +139,14 @@ class Exchange:
     def client_paused(self) -> None:
         """The client does not read as fast as the replica writes."""
         self._paused = True
-        self.deadline_s = monotonic() + self._context.config.timeouts.client_stall_s
+        self.deadline_s = monotonic() + self._context.timeouts.client_stall_s
         if self._connection is not None:
             self._connection.pause_reading()
 
     def client_resumed(self) -> None:
         """The client has caught up."""
         self._paused = False
-        self.deadline_s = monotonic() + self._context.config.timeouts.idle_s
+        self.deadline_s = monotonic() + self._context.timeouts.idle_s
         if self._connection is not None:
             self._connection.resume_reading()
 
@@ -192,7 +161,8 @@ class Exchange:
             self._connecting = None
             self._lost("no connection within the connect timeout", suspend=True)
         else:
-            timeout_s = self._context.config.timeouts.idle_s if self._status else self._first_byte_timeout_s
+            timeouts = self._context.timeouts
+            timeout_s = timeouts.idle_s if self._status else timeouts.first_byte_s
             self._fail(UpstreamTimeout(f"the replica was silent for {timeout_s:g} s"))
 
     def replica_gone(self) -> None:
@@ -211,23 +181,23 @@ class Exchange:
         return self._error_kind == "client_left"
 
     @property
+    def path(self) -> bytes:
+        """The request target without its query."""
+        return self._target.partition(b"?")[0]
+
+    @property
     def booking(self) -> Booking | None:
         """The claim on the replica in use."""
         return self._booking
-
-    @property
-    def _first_byte_timeout_s(self) -> float:
-        return self._context.config.timeouts.first_byte_s
 
     # --- request path
 
     def _admit(self, is_form: bool) -> None:
         context = self._context
-        parsed = (
-            openai.parse_form(self._body)
-            if is_form
-            else openai.parse_body(self._body, context.config.limits.json_depth)
-        )
+        if is_form:
+            parsed = openai.parse_form(self._body)
+        else:
+            parsed = openai.parse_body(self._body, context.json_depth)
         self._parsed = parsed
         if not context.router.knows(parsed.model):
             raise ModelNotFound(
@@ -238,22 +208,14 @@ class Exchange:
         self._measures.in_flight += 1
         if context.draining:
             raise ShuttingDown("the gateway is shutting down; send the request to another one")
-        self._hide_usage = not is_form and openai.asks_usage(self._path, parsed)
+        self._hide_usage = not is_form and parsed.stream is True and openai.asks_usage(self.path, parsed)
         if self._hide_usage:
             self._body = openai.with_usage(self._body)
 
     def _dispatch(self) -> None:
         """Choose a replica and send. Raises NoReplica when there is none to choose."""
         assert self._parsed is not None
-        choice = self._context.router.choose(
-            Request(
-                self._parsed.model,
-                len(self._body),
-                self._parsed.max_tokens,
-                self._parsed.user,
-                self._excluded,
-            )
-        )
+        choice = self._context.router.choose(self._request(self._excluded))
         if choice is None:
             if self._tries:
                 raise UpstreamFailed(
@@ -263,6 +225,12 @@ class Exchange:
                 f"no replica of `{self._parsed.model}` is ready; try again shortly", retry_after_s=2
             )
         self._take(choice.booking, choice.reason)
+
+    def _request(self, excluded: frozenset[ReplicaId]) -> Request:
+        """What the policy may know."""
+        parsed = self._parsed
+        assert parsed is not None
+        return Request(parsed.model, len(self._body), parsed.answer_tokens, parsed.session, excluded)
 
     def _take(self, booking: Booking, reason: str) -> None:
         self._booking, self.reason = booking, reason
@@ -275,7 +243,7 @@ class Exchange:
             self._connect(target)
 
     def _connect(self, target: Target) -> None:
-        self.deadline_s = monotonic() + self._context.config.timeouts.connect_s
+        self.deadline_s = monotonic() + self._context.timeouts.connect_s
         self._connecting = self._context.loop.create_task(self._open_connection(target))
 
     async def _open_connection(self, target: Target) -> None:
@@ -293,7 +261,7 @@ class Exchange:
 
     def _send(self, connection: UpstreamConnection, target: Target) -> None:
         self._connection = connection
-        self.deadline_s = monotonic() + self._first_byte_timeout_s
+        self.deadline_s = monotonic() + self._context.timeouts.first_byte_s
         authorization = b""
         if self._authorization and not target.authorized:
             authorization = b"authorization: %s\r\n" % self._authorization
@@ -313,24 +281,16 @@ class Exchange:
 
     # --- answer path: upstream.Receiver
 
-    def upstream_head(self, status: int, headers: list[Header]) -> None:
-        if status in _ILL_STATUSES and self._try_elsewhere():
+    def upstream_head(self, head: ResponseHead) -> None:
+        if head.status in _ILL_STATUSES and self._try_elsewhere():
             return
-        length: int | None = None
-        forwarded: list[Header] = []
-        for header in headers:
-            name = header[0]
-            if name not in _DROPPED_RESPONSE_HEADERS:
-                forwarded.append(header)
-                if name == b"content-type" and header[1].startswith(b"text/event-stream"):
-                    self._events = EventRelay(self._hide_usage)
-            elif name == b"content-length":
-                length = int(header[1])
-        forwarded.append((b"x-request-id", self.request_id))
-        self._status = status
-        self._length = length
+        self._status = head.status
+        if head.is_event_stream:
+            self._events = EventRelay(self._hide_usage)
         self._body = b""  # no retry from here on
-        self._client.send_head(status, forwarded, length)
+        self._client.send_head(
+            head.status, b"%bx-request-id: %b\r\n" % (head.fields, self.request_id), head.content_length
+        )
 
     def upstream_body(self, data: bytes) -> None:
         now_s = monotonic()
@@ -361,7 +321,7 @@ class Exchange:
     def upstream_flush(self) -> None:
         if self._status and not self.done:
             if not self._paused:
-                self.deadline_s = self._last_byte_s + self._context.config.timeouts.idle_s
+                self.deadline_s = self._last_byte_s + self._context.timeouts.idle_s
             self._client.flush()
 
     def upstream_lost(self, reason: str) -> None:
@@ -383,9 +343,7 @@ class Exchange:
         if self._parsed is None or self._booking is None or self._tries > context.config.retries:
             return False
         excluded = self._excluded | {self._booking.replica.id}
-        choice = context.router.choose(
-            Request(self._parsed.model, len(self._body), self._parsed.max_tokens, self._parsed.user, excluded)
-        )
+        choice = context.router.choose(self._request(excluded))
         if choice is None:
             return False
         self._excluded = excluded
@@ -430,8 +388,7 @@ class Exchange:
 
     def _answer_error(self, error: HeadraceError) -> None:
         body = openai.error_body(error)
-        headers = [*openai.error_headers(error), (b"x-request-id", self.request_id)]
-        self._client.send_head(error.status, headers, len(body))
+        self._client.send_head(error.status, openai.error_fields(error, self.request_id), len(body))
         self._client.send_body(body)
         self._end(error.status)
         self._client.end()
@@ -464,7 +421,7 @@ class Exchange:
         if context.access_log is not None:
             context.access_log.write(
                 request_id=self.request_id,
-                path=self._path,
+                path=self.path,
                 model=self._parsed.model if self._parsed is not None else None,
                 status=status,
                 error=self._error_kind or None,

@@ -1,8 +1,7 @@
 """Connections from the gateway to replicas: one HTTP/1.1 exchange at a time each, kept alive in a pool.
 
-An asyncio protocol around httptools' response parser. It knows nothing of routing or clients: what arrives is handed
-to the `Receiver` of the moment, whoever that is. Aborting is immediate (a reset, not a graceful close), so that an
-engine stops working for a client that left.
+It knows nothing of routing or clients: what arrives is handed to the `Receiver` of the moment, whoever that is.
+Aborting is immediate (a reset, not a graceful close), so that an engine stops working for a client that left.
 """
 
 from __future__ import annotations
@@ -12,24 +11,27 @@ from collections.abc import Callable
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
-import httptools
-
+from headrace.gateway.http_response import (
+    MAX_HEAD_BYTES,
+    ChunkedBody,
+    MalformedResponse,
+    ResponseHead,
+    parse_head,
+)
 from headrace_router.types import BootId, Replica, ReplicaId
-
-Header = tuple[bytes, bytes]
 
 # An idle connection kept longer than this is closed by us. vLLM's uvicorn closes after 5 s itself; other servers may
 # keep connections for minutes, and a pool must shrink after a burst.
 IDLE_S = 60.0
 MAX_IDLE_PER_REPLICA = 512
-# No engine sends such a head; without a bound a broken server could fill our memory with headers.
-MAX_HEAD_BYTES = 256 * 1024
+
+_UNTIL_CLOSED = -1
 
 
 class Receiver(Protocol):
     """Takes what one upstream exchange brings, in this order: head, body*, complete; or lost at any point."""
 
-    def upstream_head(self, status: int, headers: list[Header]) -> None: ...
+    def upstream_head(self, head: ResponseHead) -> None: ...
 
     def upstream_body(self, data: bytes) -> None: ...
 
@@ -47,18 +49,18 @@ class Receiver(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One connection to one replica. Idle, or busy with exactly one receiver."""
 
+    transport: asyncio.Transport | None = None
+    receiver: Receiver | None = None
+    exchanges = 0  # completed on this connection; above zero means "reused"
+    idle_since_s = 0.0
+    _head: ResponseHead | None = None  # of the answer under way
+    _partial_head = b""
+    _remaining = 0  # body bytes still to come, or _UNTIL_CLOSED
+    _chunks: ChunkedBody | None = None
+
     def __init__(self, pool: UpstreamPool, key: PoolKey) -> None:
         self._pool = pool
         self.key = key
-        self.transport: asyncio.Transport | None = None
-        self.receiver: Receiver | None = None
-        self.exchanges = 0  # completed on this connection; above zero means "reused"
-        self.idle_since_s = 0.0
-        self._parser = httptools.HttpResponseParser(self)
-        self._status = 0
-        self._headers: list[Header] = []
-        self._head_bytes = 0
-        self._until_eof = False
 
     def send(self, receiver: Receiver, request: bytes) -> None:
         """Write a whole request; its answer goes to `receiver`."""
@@ -93,16 +95,77 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()
             return
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._head is None:
+                data = self._read_head(receiver, data)
+            if data and self.receiver is not None:
+                self._read_body(receiver, data)
+        except MalformedResponse as error:
             self._fail(f"the replica sent malformed HTTP: {error}")
             return
         receiver.upstream_flush()
 
+    def _read_head(self, receiver: Receiver, data: bytes) -> bytes:
+        """Take the head off; returns the bytes of the body that came with it."""
+        if self._partial_head:
+            data = self._partial_head + data
+            self._partial_head = b""
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD_BYTES:
+                    raise MalformedResponse(f"its head is over {MAX_HEAD_BYTES} bytes")
+                self._partial_head = data
+                return b""
+            head = parse_head(data[:end])
+            data = data[end + 4 :]
+            if head.status >= 200:
+                break  # 100 Continue and its kind come before the answer
+        self._head = head
+        if head.is_chunked:
+            self._chunks = ChunkedBody()
+        else:
+            self._chunks = None
+            self._remaining = _UNTIL_CLOSED if head.content_length is None else head.content_length
+        receiver.upstream_head(head)
+        if self._chunks is None and self._remaining == 0 and self.receiver is not None:
+            self._complete(receiver, data)
+            return b""
+        return data
+
+    def _read_body(self, receiver: Receiver, data: bytes) -> None:
+        chunks = self._chunks
+        if chunks is not None:
+            payload = chunks.feed(data)
+            if payload:
+                receiver.upstream_body(payload)
+            if chunks.done and self.receiver is not None:
+                self._complete(receiver, chunks.rest)
+            return
+        if self._remaining == _UNTIL_CLOSED:
+            receiver.upstream_body(data)
+            return
+        surplus = data[self._remaining :]
+        if surplus:
+            data = data[: self._remaining]
+        self._remaining -= len(data)
+        receiver.upstream_body(data)
+        if self._remaining == 0 and self.receiver is not None:
+            self._complete(receiver, surplus)
+
+    def _complete(self, receiver: Receiver, surplus: bytes) -> None:
+        head, self._head = self._head, None
+        self.receiver = None
+        self.exchanges += 1
+        if head is not None and head.keep_alive and not surplus:
+            self._pool.put_back(self)
+        else:
+            self.abort()
+        receiver.upstream_complete()
+
     def eof_received(self) -> None:
-        if self._until_eof and self.receiver is not None:  # an answer without length ends with its connection
-            receiver, self.receiver = self.receiver, None
-            receiver.upstream_complete()
+        if self.receiver is not None and self._head is not None and self._remaining == _UNTIL_CLOSED:
+            receiver = self.receiver
+            self._complete(receiver, b"")
             receiver.upstream_flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -116,42 +179,6 @@ class UpstreamConnection(asyncio.Protocol):
         self.abort()
         if receiver is not None:
             receiver.upstream_lost(reason)
-
-    # --- httptools callbacks
-
-    def on_message_begin(self) -> None:
-        self._headers = []
-        self._head_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError("response head too large")
-        self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-        if self._status < 200 or self.receiver is None:
-            return
-        self._until_eof = not self._parser.should_keep_alive() and not any(
-            name in (b"content-length", b"transfer-encoding") for name, _ in self._headers
-        )
-        self.receiver.upstream_head(self._status, self._headers)
-
-    def on_body(self, body: bytes) -> None:
-        if self.receiver is not None:
-            self.receiver.upstream_body(body)
-
-    def on_message_complete(self) -> None:
-        if self._status < 200 or self.receiver is None:  # 100 Continue and its kind come before the answer
-            return
-        receiver, self.receiver = self.receiver, None
-        self.exchanges += 1
-        if self._parser.should_keep_alive():
-            self._pool.put_back(self)
-        elif self.transport is not None:
-            self.transport.close()
-        receiver.upstream_complete()
 
 
 PoolKey = tuple[ReplicaId, BootId]
@@ -207,8 +234,10 @@ class UpstreamPool:
 
     def put_back(self, connection: UpstreamConnection) -> None:
         """A finished connection, for the next request."""
-        idle = self._idle.setdefault(connection.key, [])
-        if len(idle) >= MAX_IDLE_PER_REPLICA:
+        idle = self._idle.get(connection.key)
+        if idle is None:
+            idle = self._idle[connection.key] = []
+        elif len(idle) >= MAX_IDLE_PER_REPLICA:
             connection.abort()
             return
         connection.idle_since_s = self._clock()
