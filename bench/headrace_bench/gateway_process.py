@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from headrace_bench.http_wire import address, post
-from headrace_bench.peers import Launch
+from headrace_bench.peers import REPOSITORY, Launch
 from headrace_bench.prompt_bodies import chat_body
 from headrace_bench.relay_client import Timed
 
@@ -30,7 +30,7 @@ def cores() -> tuple[frozenset[int], frozenset[int]]:
 
 
 class Process:
-    """A child process with its own group, pinned to cores, whose output goes to a file."""
+    """A child process in a group of its own, pinned to cores, whose output goes to a file."""
 
     def __init__(self, command: Sequence[str], pinned: Collection[int], folder: Path, name: str) -> None:
         self.name = name
@@ -44,7 +44,7 @@ class Process:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    process_group=0,
                 )
         finally:
             os.sched_setaffinity(0, own)
@@ -55,7 +55,8 @@ class Process:
             raise DidNotStart(f"{self.name} ended with code {self.child.returncode}: {self._last_lines()}")
 
     def _last_lines(self) -> str:
-        return " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-3:]) or "no output"
+        lines = self.log.read_text(errors="replace").replace(f"{REPOSITORY}/", "").strip().splitlines()
+        return " | ".join(line.strip() for line in lines[-3:]) or "no output"
 
     async def ready_line(self, timeout_s: float = 30) -> str:
         """The URL of the `ready: URL` line that our own servers print. Raises `DidNotStart`."""

@@ -246,11 +246,16 @@ def about(args: argparse.Namespace, command: Sequence[str], bench: Bench) -> dic
         "command": " ".join(["python -m headrace_bench.relay", *command]).strip(),
         "policy": args.policy,
         "rounds": bench.plan.rounds,
-        "scheduling": "real-time" if os.sched_getscheduler(0) != os.SCHED_OTHER else "normal",
+        "scheduling": _scheduling(),
     }
     if bench.missing:
         facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in bench.missing.items())
     return facts
+
+
+def _scheduling() -> str:
+    policy = "normal" if os.sched_getscheduler(0) == os.SCHED_OTHER else "real-time"
+    return f"{policy}, niceness {os.getpriority(os.PRIO_PROCESS, 0)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
