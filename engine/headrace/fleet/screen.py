@@ -34,10 +34,11 @@ class Screen:
         self._console = Console(file=err or sys.stderr, highlight=False)
         self._live: Live | None = None
         self._shown: dict[str, tuple[str, str]] = {}
+        self._restarts: dict[str, int] = {}
 
     def say(self, line: str) -> None:
         """One line about what happens."""
-        self._console.print(Text(line))
+        self._console.print(Text(line), soft_wrap=True)
 
     def progress(self, status: FleetStatus) -> None:
         """The fleet while it starts."""
@@ -52,6 +53,10 @@ class Screen:
     def changes(self, status: FleetStatus) -> None:
         """One line per replica whose state or phase is not what it was."""
         for replica in status.replicas:
+            if replica.restarts > self._restarts.get(replica.id, 0):
+                # It may have failed and come back between two looks.
+                self.say(f"{replica.id}: {replica.reason}; started again")
+            self._restarts[replica.id] = replica.restarts
             now = (replica.state.value, replica.phase if replica.state in _STARTING else "")
             if self._shown.get(replica.id) != now:
                 self._shown[replica.id] = now
@@ -90,7 +95,7 @@ def describe(replica: ReplicaStatus) -> str:
     if replica.state is ReplicaState.READY and replica.start_s:
         return f"{replica.id}: ready after {replica.start_s:.0f} s, pid {replica.pid}"
     if replica.state is ReplicaState.FAILED:
-        then = "not started again" if replica.has_given_up else "starting it again"
+        then = "not started again" if replica.has_given_up else "to be started again"
         return f"{replica.id}: failed, {replica.reason}; {then}"
     return f"{replica.id}: {replica.state.value}"
 
