@@ -28,6 +28,7 @@ import numpy as np
 from headrace_bench.kernel_subject import BLOCK_SIZE, PROMPT_BLOCKS, PROMPT_TOKENS
 from headrace_bench.peers import PEERS, REPOSITORY
 from headrace_bench.relay_report import machine
+from headrace_bench.spread import ratios, spread
 from headrace_kernels.compilation import warm
 from headrace_kernels.prefix_table import PrefixTable
 
@@ -68,8 +69,13 @@ class SubjectProcess:
         self._process.wait(60)
 
 
-def quantiles(times_us: list[float]) -> dict[str, float]:
-    return {"p50_us": float(np.percentile(times_us, 50)), "p99_us": float(np.percentile(times_us, 99))}
+def quantiles(rounds_us: list[list[float]]) -> dict[str, Any]:
+    p50_us, p99_us = np.percentile([value for one in rounds_us for value in one], [50, 99])
+    return {
+        "p50_us": float(p50_us),
+        "p99_us": float(p99_us),
+        "round_p50_us": [float(np.median(one)) for one in rounds_us],
+    }
 
 
 def compare(pythons: dict[str, Path], num_blocks: int, lookups: int, rounds: int) -> dict[str, Any]:
@@ -87,19 +93,20 @@ def compare(pythons: dict[str, Path], num_blocks: int, lookups: int, rounds: int
                 for name, process in processes.items()
             }
         )
-        times: dict[str, dict[str, list[float]]] = {name: {} for name in processes}
-        hashing: dict[str, dict[str, list[float]]] = {name: {} for name in processes}
+        times: dict[str, dict[str, list[list[float]]]] = {name: {} for name in processes}
+        hashing: dict[str, dict[str, list[list[float]]]] = {name: {} for name in processes}
         for turn in range(rounds):
             progress(f"looking up, round {turn + 1} of {rounds}")
-            for name, process in processes.items():
-                for kind, more in process.ask("look_up", count=lookups // rounds, seed=turn).items():
-                    times[name].setdefault(kind, []).extend(more)
-                for kind, more in process.ask("hash", count=200, seed=turn).items():
-                    hashing[name].setdefault(kind, []).extend(more)
+            first = turn % len(processes)
+            for name in [*processes, *processes][first : first + len(processes)]:
+                for kind, more in processes[name].ask("look_up", count=lookups // rounds, seed=turn).items():
+                    times[name].setdefault(kind, []).append(more)
+                for kind, more in processes[name].ask("hash", count=200, seed=turn).items():
+                    hashing[name].setdefault(kind, []).append(more)
         for name, process in processes.items():
             figures[name] |= process.ask("remove", num_prompts=200)
-            figures[name]["lookup"] = {kind: quantiles(all_us) for kind, all_us in times[name].items()}
-            found["hash"][name] = {kind: quantiles(all_us) for kind, all_us in hashing[name].items()}
+            figures[name]["lookup"] = {kind: quantiles(rounds_us) for kind, rounds_us in times[name].items()}
+            found["hash"][name] = {kind: quantiles(rounds_us) for kind, rounds_us in hashing[name].items()}
             process.close()
         found["fleets"][str(num_replicas)] = figures
     return found
@@ -187,8 +194,8 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     lines += [
         "resident ones, the same prompt again (its part of the index is in the processor's cache), and with the",
-        "counts taken out as a dict. `headrace` looks at every block, `headrace-closed` bisects, which is right where a",
-        "replica that holds a block holds all before it:",
+        "counts taken out as a dict. `headrace` looks at every block, `headrace-closed` bisects, which is right",
+        "where a replica that holds a block holds all before it:",
         "",
     ]
     lines += ["| replicas | | drawn | again | with counts | bytes/block | store ns/block | remove ns/block |"]
@@ -226,20 +233,20 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def ratio_row(num_replicas: str, name: str, figures: dict[str, Any]) -> str:
-    """How many times more Dynamo takes, medians."""
+    """How many times more Dynamo takes; of times the median over the rounds, and the least and the most."""
     ours, theirs = figures[name], figures["dynamo"]
     kinds, keys = (
         ("spread", "again", "counts"),
         ("bytes_per_block", "store_ns_per_block", "remove_ns_per_block"),
     )
-    ratios = [theirs["lookup"][kind]["p50_us"] / ours["lookup"][kind]["p50_us"] for kind in kinds]
-    ratios += [theirs[key] / ours[key] for key in keys]
-    return (
-        " | ".join([f"| {num_replicas}", f"dynamo / {name}", *(f"{ratio:.1f} x" for ratio in ratios)]) + " |"
-    )
+    cells = [f"| {num_replicas}", f"dynamo / {name}"]
+    for kind in kinds:
+        found = spread(ratios(theirs["lookup"][kind]["round_p50_us"], ours["lookup"][kind]["round_p50_us"]))
+        cells.append(f"{found.text(1)} x" if found else "")
+    return " | ".join([*cells, *(f"{theirs[key] / ours[key]:.1f} x" for key in keys)]) + " |"
 
 
-def pair(figures: dict[str, float]) -> str:
+def pair(figures: dict[str, Any]) -> str:
     return f"{figures['p50_us']:.1f} / {figures['p99_us']:.1f}"
 
 

@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from ctypes import CDLL
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
@@ -165,7 +166,7 @@ class Workload:
                 yield index, replica
 
 
-def timed_us(call: Callable[[], None]) -> float:
+def timed_us(call: Callable[[], object]) -> float:
     started_ns = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - started_ns) / 1e3
@@ -202,7 +203,7 @@ class Session:
         return {
             "distinct_blocks": distinct,
             "bytes_per_block": (resident_bytes() - before) / distinct,
-            "store_ns_per_block": sum(times_us) * 1e3 / (len(times_us) * PROMPT_BLOCKS),
+            "store_ns_per_block": median(times_us) * 1e3 / PROMPT_BLOCKS,
         }
 
     def remove(self, num_prompts: int) -> dict[str, float]:
@@ -213,9 +214,7 @@ class Session:
             removed = self._subject.event("removed", own)
             times_us.append(timed_us(lambda: self._subject.apply(replica, removed)))  # noqa: B023
             self._subject.apply(replica, self._subject.event("stored", self._workload.prompt(index)))
-        return {
-            "remove_ns_per_block": sum(times_us) * 1e3 / (len(times_us) * (PROMPT_BLOCKS - SHARED_BLOCKS))
-        }
+        return {"remove_ns_per_block": median(times_us) * 1e3 / (PROMPT_BLOCKS - SHARED_BLOCKS)}
 
     def look_up(self, count: int, seed: int) -> dict[str, list[float]]:
         """Times in µs: of prompts drawn from all resident ones (`spread`), of the same one again (`again`), and
