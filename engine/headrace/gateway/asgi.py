@@ -12,7 +12,8 @@ from typing import Any
 from headrace.errors import BodyTooLarge, HeadraceError
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
-from headrace.gateway.relay import Exchange, Header
+from headrace.gateway.http_request import Header, read_head
+from headrace.gateway.relay import Exchange
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -51,16 +52,12 @@ class RelayApp:
             return
         if body is None:  # the client left before its request was whole
             return
-        headers: list[Header] = [(name.lower(), value) for name, value in scope["headers"]]
         target = scope["path"].encode()
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
-        exchange = Exchange(self._context, client, target, headers, body)
-        client.exchange = exchange
-        is_form = any(
-            name == b"content-type" and value.startswith(b"multipart/form-data") for name, value in headers
-        )
-        exchange.start(is_form=is_form)
+        head = read_head((name.lower(), value) for name, value in scope["headers"])
+        exchange = client.exchange = Exchange(self._context, client, target, head, body)
+        exchange.start()
         watcher = self._context.loop.create_task(_watch(receive, exchange, client))
         try:
             await client.write_all()
@@ -120,6 +117,10 @@ class AsgiClient:
         if self._unsent > HIGH_WATER_BYTES and not self._paused and self.exchange is not None:
             self._paused = True
             self.exchange.client_paused()
+
+    def send_chunk(self, framed: bytes, start: int) -> None:
+        self.send_body(framed[start:-2])
+        self._wake.set()
 
     def end(self) -> None:
         self._messages.append({"type": "http.response.body", "body": b"", "more_body": False})

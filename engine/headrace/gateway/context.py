@@ -40,6 +40,7 @@ class GatewayContext:
         """`authorization`: the header value that replicas of our own fleet ask for, instead of the client's."""
         self.config = config
         self.timeouts = config.timeouts
+        self.idle_s = config.timeouts.idle_s
         self.json_depth = config.limits.json_depth
         self.router = router
         self.loop = loop

@@ -46,24 +46,22 @@ def parse_head(head: bytes) -> ResponseHead:
     is_chunked = is_event_stream = False
     kept: list[bytes] = []
     for line in rest.split(b"\r\n") if rest else ():
-        colon = line.find(b":")
-        if colon <= 0:
-            raise MalformedResponse(f"not a header line: {line[:60]!r}")
-        name = line[:colon].lower()
-        if name not in _DROPPED:
+        meaning = _meanings.get(line)
+        if meaning is None:
+            meaning = _learn(line)
+        if meaning == _KEEP:
             kept.append(line)
-            if name == b"content-type":
-                is_event_stream = line[colon + 1 :].lstrip().startswith(b"text/event-stream")
-        elif name == b"content-length":
-            value = line[colon + 1 :].strip()
-            if not value.isdigit():
-                raise MalformedResponse(f"content-length is {value[:60]!r}")
-            content_length = int(value)
-        elif name == b"transfer-encoding":
-            is_chunked = line[colon + 1 :].strip().lower().endswith(b"chunked")
-        elif name == b"connection":
-            options = line[colon + 1 :].lower()
-            keep_alive = b"keep-alive" in options or (keep_alive and b"close" not in options)
+        elif meaning == _EVENT_STREAM:
+            kept.append(line)
+            is_event_stream = True
+        elif meaning == _CHUNKED:
+            is_chunked = True
+        elif meaning == _CLOSE:
+            keep_alive = False
+        elif meaning == _KEEP_ALIVE:
+            keep_alive = True
+        elif meaning != _DROP:
+            content_length = meaning
     kept.append(b"")
     status = int(first[9:12])
     if status in (204, 304):
@@ -78,9 +76,55 @@ def parse_head(head: bytes) -> ResponseHead:
     )
 
 
+# What a header line means for the relay; a number is a content-length. A server repeats most of its lines in every
+# answer, so their meanings are remembered.
+_KEEP, _DROP, _EVENT_STREAM, _CHUNKED, _CLOSE, _KEEP_ALIVE = -1, -2, -3, -4, -5, -6
+_MAX_MEANINGS = 1024
+_meanings: dict[bytes, int] = {}
+
+
+def _learn(line: bytes) -> int:
+    meaning = _meaning(line)
+    if len(_meanings) >= _MAX_MEANINGS:
+        _meanings.clear()
+    if len(line) < 200:
+        _meanings[line] = meaning
+    return meaning
+
+
+def _meaning(line: bytes) -> int:
+    colon = line.find(b":")
+    if colon <= 0:
+        raise MalformedResponse(f"not a header line: {line[:60]!r}")
+    name = line[:colon].lower()
+    value = line[colon + 1 :].strip().lower()
+    if name == b"content-length":
+        if not value.isdigit():
+            raise MalformedResponse(f"content-length is {value[:60]!r}")
+        return int(value)
+    if name == b"transfer-encoding":
+        return _CHUNKED if value.endswith(b"chunked") else _DROP
+    if name == b"connection":
+        return _CLOSE if b"close" in value else _KEEP_ALIVE if b"keep-alive" in value else _DROP
+    if name == b"content-type" and value.startswith(b"text/event-stream"):
+        return _EVENT_STREAM
+    return _DROP if name in _DROPPED else _KEEP
+
+
 _HEX = re.compile(rb"[0-9A-Fa-f]{1,16}")  # int() alone would take "-3" and "1_0"
 _SIZE_LINE = -1  # a chunk's size comes next
 _TRAILERS = -2  # the last chunk has come
+
+
+def chunk_start(data: bytes) -> int:
+    """Where the payload begins when `data` is exactly one chunk with its framing; 0 when it is anything else."""
+    end = data.find(b"\r\n", 0, 20)
+    if end <= 0:
+        return 0
+    try:
+        return end + 2 if int(data[:end], 16) == len(data) - end - 4 > 0 else 0
+    except ValueError:
+        return 0
 
 
 class ChunkedBody:
@@ -94,18 +138,17 @@ class ChunkedBody:
         self.done = False
         self.rest = b""  # what came behind the last chunk
 
+    @property
+    def between(self) -> bool:
+        """Whether the next byte begins a chunk."""
+        return self._in_chunk == _SIZE_LINE and not self._line
+
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`. Sets `done` at the end of the body. Raises MalformedResponse."""
-        if self._in_chunk == _SIZE_LINE and not self._line:
-            # The usual read holds exactly one chunk: a server writes an event at a time.
-            end = data.find(b"\r\n", 0, 20)
-            if end > 0:
-                try:
-                    size = int(data[:end], 16)
-                except ValueError:
-                    size = 0
-                if size > 0 and len(data) == end + size + 4:
-                    return data[end + 2 : -2]
+        if self.between:
+            start = chunk_start(data)
+            if start:
+                return data[start:-2]
         return self._feed_pieces(data)
 
     def _feed_pieces(self, data: bytes) -> bytes:

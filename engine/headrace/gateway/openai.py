@@ -53,16 +53,6 @@ class Parsed(msgspec.Struct, gc=False):
     max_tokens: object = None
     max_completion_tokens: object = None
 
-    @property
-    def session(self) -> str | None:
-        return self.user if isinstance(self.user, str) else None
-
-    @property
-    def answer_tokens(self) -> int | None:
-        """The bound on the answer's length, where there is one."""
-        bound = self.max_completion_tokens or self.max_tokens
-        return bound if isinstance(bound, int) else None
-
 
 class Usage(NamedTuple):
     """Token counts as the engine reported them."""

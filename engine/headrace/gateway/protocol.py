@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from headrace.errors import BadRequest, BodyTooLarge, HeadraceError, HeadTooLarge
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.http_request import RequestHead, read_head
 from headrace.gateway.relay import Exchange, client_timeout
 
 # How long a connection that was answered early (body too large, say) may go on sending before it is cut. Closing at
@@ -51,7 +52,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
-        self._content_type = b""
+        self._head: RequestHead | None = None
         self._keep_alive = True
         self._old_client = False  # HTTP/1.0: no chunked encoding
         self._chunked = False
@@ -144,7 +145,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._relayed = False
         self._body = []
         self._body_bytes = 0
-        self._content_type = b""
 
     @property
     def _busy(self) -> bool:
@@ -173,7 +173,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._relayed = True
             self._old_client = parser.get_http_version() == "1.0"
             self._keep_alive = not self._old_client and parser.should_keep_alive()
-            self._check_head()
+            self._read_head()
             return
         if not self.url.startswith(b"/"):
             raise BadRequest("the request target must be a path")
@@ -185,16 +185,12 @@ class GatewayProtocol(HttpToolsProtocol):
         self.headers.extend(headers)
         super().on_headers_complete()
 
-    def _check_head(self) -> None:
+    def _read_head(self) -> None:
+        head = self._head = read_head(self.headers)
         limit = self._context.config.limits.body_bytes
-        for name, value in self.headers:
-            if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise BodyTooLarge(f"the body is {int(value)} bytes, over the limit of {limit}")
-            if name == b"content-type":
-                self._content_type = value
-            elif name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-        if self.expect_100_continue:
+        if head.content_length is not None and head.content_length > limit:
+            raise BodyTooLarge(f"the body is {head.content_length} bytes, over the limit of {limit}")
+        if head.expects_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -220,9 +216,9 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
-        exchange = Exchange(self._context, self, self.url, self.headers, body)
-        self._exchange = exchange
-        exchange.start(is_form=self._content_type.startswith(b"multipart/form-data"))
+        assert self._head is not None
+        exchange = self._exchange = Exchange(self._context, self, self.url, self._head, body)
+        exchange.start()
 
     # --- relay.Client
 
@@ -242,6 +238,9 @@ class GatewayProtocol(HttpToolsProtocol):
             self._out.append(b"%x\r\n%b\r\n" % (len(data), data))
         else:
             self._out.append(data)
+
+    def send_chunk(self, framed: bytes, start: int) -> None:
+        self.transport.write(framed if self._chunked else framed[start:-2])
 
     def end(self) -> None:
         if self._chunked:

@@ -30,6 +30,7 @@ from headrace.errors import (
 )
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.http_request import RequestHead
 from headrace.gateway.http_response import ResponseHead
 from headrace.gateway.sse import EventRelay
 from headrace.gateway.upstream import Target, UpstreamConnection
@@ -38,16 +39,8 @@ from headrace_router.types import ReplicaId, Request
 
 log = logging.getLogger(__name__)
 
-# Never forwarded: they describe one connection (RFC 9110, 7.6.1), or are written anew by us.
-_DROPPED_REQUEST_HEADERS = frozenset(
-    b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade expect "
-    b"content-length accept-encoding x-request-id".split()
-)
 # Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
 _ILL_STATUSES = frozenset({502, 503})
-
-
-Header = tuple[bytes, bytes]
 
 
 class Client(Protocol):
@@ -58,6 +51,10 @@ class Client(Protocol):
         ...
 
     def send_body(self, data: bytes) -> None: ...
+
+    def send_chunk(self, framed: bytes, start: int) -> None:
+        """Send a chunk at once, as it came (payload `framed[start:-2]`). Nothing may be waiting for `flush`."""
+        ...
 
     def end(self) -> None:
         """The response is complete and the client may send its next request. Flushes."""
@@ -77,7 +74,6 @@ class Exchange:
     request_id = b""
     reason = ""
     done = False
-    _authorization = b""
     _parsed: openai.Parsed | None = None
     _booking: Booking | None = None
     _connecting: asyncio.Task[None] | None = None
@@ -94,38 +90,26 @@ class Exchange:
     _error_kind = ""
 
     def __init__(
-        self, context: GatewayContext, client: Client, target: bytes, headers: list[Header], body: bytes
+        self, context: GatewayContext, client: Client, target: bytes, head: RequestHead, body: bytes
     ) -> None:
-        """`target` is the request target as received; `headers` have lower-case names; `body` is whole."""
+        """`target` is the request target as received; `body` is whole."""
         self._context = context
         self._client = client
         self._target = target
+        self._head = head
         self._body = body
+        self.request_id = openai.request_id(head.request_id)
         self._measures = context.metrics.unknown
         self._started_s = monotonic()
         self.deadline_s = self._started_s + context.timeouts.first_byte_s
-        self._read_headers(headers)
-
-    def _read_headers(self, headers: list[Header]) -> None:
-        forwarded: list[bytes] = []
-        given_id = None
-        for name, value in headers:
-            if name == b"authorization":
-                self._authorization = value
-            elif name == b"x-request-id":
-                given_id = value
-            elif name not in _DROPPED_REQUEST_HEADERS:
-                forwarded += (name, b": ", value, b"\r\n")
-        self._forwarded = b"".join(forwarded)
-        self.request_id = openai.request_id(given_id)
 
     # --- called by the face
 
-    def start(self, *, is_form: bool = False) -> None:
+    def start(self) -> None:
         """Begin. Whatever goes wrong is answered to the client; nothing is raised."""
         self._context.active.add(self)
         try:
-            self._admit(is_form)
+            self._admit()
             self._dispatch()
         except Exception as error:
             self._fail(error)
@@ -192,8 +176,9 @@ class Exchange:
 
     # --- request path
 
-    def _admit(self, is_form: bool) -> None:
+    def _admit(self) -> None:
         context = self._context
+        is_form = self._head.is_form
         if is_form:
             parsed = openai.parse_form(self._body)
         else:
@@ -230,7 +215,14 @@ class Exchange:
         """What the policy may know."""
         parsed = self._parsed
         assert parsed is not None
-        return Request(parsed.model, len(self._body), parsed.answer_tokens, parsed.session, excluded)
+        user, bound = parsed.user, parsed.max_completion_tokens or parsed.max_tokens
+        return Request(
+            parsed.model,
+            len(self._body),
+            bound if isinstance(bound, int) else None,
+            user if isinstance(user, str) else None,
+            excluded,
+        )
 
     def _take(self, booking: Booking, reason: str) -> None:
         self._booking, self.reason = booking, reason
@@ -263,8 +255,8 @@ class Exchange:
         self._connection = connection
         self.deadline_s = monotonic() + self._context.timeouts.first_byte_s
         authorization = b""
-        if self._authorization and not target.authorized:
-            authorization = b"authorization: %s\r\n" % self._authorization
+        if not target.authorized and self._head.authorization is not None:
+            authorization = b"authorization: %b\r\n" % self._head.authorization
         connection.send(
             self,
             b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
@@ -272,7 +264,7 @@ class Exchange:
                 self._target,
                 target.prefix,
                 authorization,
-                self._forwarded,
+                self._head.fields,
                 len(self._body),
                 self.request_id,
                 self._body,
@@ -285,6 +277,7 @@ class Exchange:
         if head.status in _ILL_STATUSES and self._try_elsewhere():
             return
         self._status = head.status
+        self._last_byte_s = monotonic()
         if head.is_event_stream:
             self._events = EventRelay(self._hide_usage)
         self._body = b""  # no retry from here on
@@ -309,6 +302,19 @@ class Exchange:
             self._tail = data if not self._tail else (self._tail + data)[-8192:]
         self._client.send_body(data)
 
+    def upstream_event(self, framed: bytes, start: int) -> None:
+        events = self._events
+        if events is None or events.holds or self._first_byte_s == 0.0 or b'"usage":' in framed:
+            self.upstream_body(framed[start:-2])
+            self.upstream_flush()
+            return
+        now_s = monotonic()
+        self._measures.inter_token.observe(now_s - self._last_byte_s)
+        self._last_byte_s = now_s
+        if not self._paused:
+            self.deadline_s = now_s + self._context.idle_s
+        self._client.send_chunk(framed, start)
+
     def upstream_complete(self) -> None:
         self._connection = None
         if self._events is not None:
@@ -321,7 +327,7 @@ class Exchange:
     def upstream_flush(self) -> None:
         if self._status and not self.done:
             if not self._paused:
-                self.deadline_s = self._last_byte_s + self._context.timeouts.idle_s
+                self.deadline_s = self._last_byte_s + self._context.idle_s
             self._client.flush()
 
     def upstream_lost(self, reason: str) -> None:

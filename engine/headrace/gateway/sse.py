@@ -22,6 +22,11 @@ class EventRelay:
         self._hide_usage = hide_usage
         self.usage: Usage | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether part of an event waits for its end."""
+        return bool(self._held)
+
     def feed(self, data: bytes) -> bytes:
         """The bytes to forward now: whole events. May be empty."""
         if self._held:

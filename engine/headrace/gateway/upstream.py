@@ -16,6 +16,7 @@ from headrace.gateway.http_response import (
     ChunkedBody,
     MalformedResponse,
     ResponseHead,
+    chunk_start,
     parse_head,
 )
 from headrace_router.types import BootId, Replica, ReplicaId
@@ -34,6 +35,13 @@ class Receiver(Protocol):
     def upstream_head(self, head: ResponseHead) -> None: ...
 
     def upstream_body(self, data: bytes) -> None: ...
+
+    def upstream_event(self, framed: bytes, start: int) -> None:
+        """One read that was exactly one chunk, ending as an event does: body and flush in one call.
+
+        `framed` is the chunk as it came; its payload is `framed[start:-2]`.
+        """
+        ...
 
     def upstream_complete(self) -> None: ...
 
@@ -94,6 +102,13 @@ class UpstreamConnection(asyncio.Protocol):
         if receiver is None:  # bytes that nobody asked for: the connection cannot be trusted any more
             self.abort()
             return
+        chunks = self._chunks
+        if chunks is not None and chunks.between and data.endswith(b"\n\n\r\n"):
+            # The usual read of a stream: a server writes an event at a time.
+            start = chunk_start(data)
+            if start:
+                receiver.upstream_event(data, start)
+                return
         try:
             if self._head is None:
                 data = self._read_head(receiver, data)
@@ -123,8 +138,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._head = head
         if head.is_chunked:
             self._chunks = ChunkedBody()
+            self._remaining = 0
         else:
-            self._chunks = None
             self._remaining = _UNTIL_CLOSED if head.content_length is None else head.content_length
         receiver.upstream_head(head)
         if self._chunks is None and self._remaining == 0 and self.receiver is not None:
@@ -154,6 +169,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _complete(self, receiver: Receiver, surplus: bytes) -> None:
         head, self._head = self._head, None
+        self._chunks = None
         self.receiver = None
         self.exchanges += 1
         if head is not None and head.keep_alive and not surplus:

@@ -1,0 +1,57 @@
+"""What the relay reads of a request's headers, in one pass: what to forward, who asks, how the body is framed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+Header = tuple[bytes, bytes]
+
+# Never forwarded as they are: they describe one connection (RFC 9110, 7.6.1), or are written anew for the replica.
+_FORWARD, _DROP, _AUTHORIZATION, _REQUEST_ID, _LENGTH, _TYPE, _EXPECT = range(7)
+_MEANINGS = {
+    **dict.fromkeys(
+        b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade "
+        b"http2-settings accept-encoding".split(),
+        _DROP,
+    ),
+    b"authorization": _AUTHORIZATION,
+    b"x-request-id": _REQUEST_ID,
+    b"content-length": _LENGTH,
+    b"content-type": _TYPE,
+    b"expect": _EXPECT,
+}
+
+
+class RequestHead(NamedTuple):
+    """The headers of one request."""
+
+    fields: bytes  # header lines to forward, each ended by CRLF
+    authorization: bytes | None
+    request_id: bytes | None  # as the client gave it, unchecked
+    content_length: int | None
+    is_form: bool  # multipart, as audio comes
+    expects_continue: bool
+
+
+def read_head(headers: Iterable[Header]) -> RequestHead:
+    """Sort the headers of a request. Names are lower case; the parser has checked their form."""
+    fields: list[bytes] = []
+    authorization = request_id = content_length = None
+    is_form = expects_continue = False
+    for name, value in headers:
+        meaning = _MEANINGS.get(name, _FORWARD)
+        if meaning == _FORWARD:
+            fields += (name, b": ", value, b"\r\n")
+        elif meaning == _TYPE:
+            fields += (name, b": ", value, b"\r\n")
+            is_form = value.startswith(b"multipart/form-data")
+        elif meaning == _AUTHORIZATION:
+            authorization = value
+        elif meaning == _REQUEST_ID:
+            request_id = value
+        elif meaning == _LENGTH:
+            content_length = int(value) if value.isdigit() else None
+        elif meaning == _EXPECT:
+            expects_continue = value.lower() == b"100-continue"
+    return RequestHead(b"".join(fields), authorization, request_id, content_length, is_form, expects_continue)
