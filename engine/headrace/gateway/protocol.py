@@ -45,6 +45,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self._context = context
         self._live = connections
+        limits, timeouts = context.config.limits, context.timeouts
+        self._max_head_bytes, self._max_body_bytes = limits.head_bytes, limits.body_bytes
+        self._head_s, self._body_s, self._idle_s = timeouts.head_s, timeouts.body_s, timeouts.keep_alive_s
         self._exchange: Exchange | None = None
         self._relayed = False  # the message being received goes to an exchange
         self._deaf = False  # nothing more is taken from this connection
@@ -79,13 +82,12 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self._receiving:
             self._receiving = True
             self._head_bytes = 0
-            self.deadline_s = monotonic() + self._context.timeouts.head_s
+            self.deadline_s = monotonic() + self._head_s
         if self._head_bytes >= 0:  # the head is still coming
             self._head_bytes += len(data)
         self._feed(data)
-        limit = self._context.config.limits.head_bytes
-        if self._head_bytes > limit and not self._deaf:
-            self._refuse(HeadTooLarge(f"the request head is over the limit of {limit} bytes"))
+        if self._head_bytes > self._max_head_bytes and not self._deaf:
+            self._refuse(HeadTooLarge(f"the request head is over the limit of {self._max_head_bytes} bytes"))
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -160,13 +162,16 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._deaf or self.parser.should_upgrade():
             return
-        limit = self._context.config.limits.head_bytes
-        if self._head_bytes > limit:  # perhaps only because some of the body came in the same read
+        if (
+            self._head_bytes > self._max_head_bytes
+        ):  # perhaps only because some of the body came in the same read
             head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if head_bytes > limit:
-                raise HeadTooLarge(f"the request head is {head_bytes} bytes, over the limit of {limit}")
+            if head_bytes > self._max_head_bytes:
+                raise HeadTooLarge(
+                    f"the request head is {head_bytes} bytes, over the limit of {self._max_head_bytes}"
+                )
         self._head_bytes = -1
-        self.deadline_s = monotonic() + self._context.timeouts.body_s
+        self.deadline_s = monotonic() + self._body_s
         parser = self.parser
         path = self.url.partition(b"?")[0]
         if path in openai.INFERENCE_PATHS and parser.get_method() == b"POST":
@@ -187,7 +192,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _read_head(self) -> None:
         head = self._head = read_head(self.headers)
-        limit = self._context.config.limits.body_bytes
+        limit = self._max_body_bytes
         if head.content_length is not None and head.content_length > limit:
             raise BodyTooLarge(f"the body is {head.content_length} bytes, over the limit of {limit}")
         if head.expects_continue:
@@ -196,11 +201,10 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self._deaf:
             return
-        limit = self._context.config.limits.body_bytes
         self._body_bytes += len(body)
-        if self._body_bytes > limit:
-            raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
-        self.deadline_s = monotonic() + self._context.timeouts.body_s
+        if self._body_bytes > self._max_body_bytes:
+            raise BodyTooLarge(f"the body is over the limit of {self._max_body_bytes} bytes")
+        self.deadline_s = monotonic() + self._body_s
         if self._relayed:
             self._body.append(body)
         else:
@@ -252,7 +256,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self._keep_alive:
             self._close()
         else:
-            self.deadline_s = monotonic() + self._context.timeouts.keep_alive_s
+            self.deadline_s = monotonic() + self._idle_s
 
     def flush(self) -> None:
         if self._out:
@@ -270,13 +274,12 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._unset_keepalive_if_required()  # `deadline_s` does that here
-        self.deadline_s = monotonic() + self._context.timeouts.keep_alive_s
+        self.deadline_s = monotonic() + self._idle_s
         if self._deaf and not self.transport.is_closing():
             self._close()
 
     def expire(self) -> None:
         """`deadline_s` has passed: the client did not send in time, or has been idle long enough."""
-        timeouts = self._context.timeouts
         if self._busy:  # an answer is under way and has its own deadline
             self.deadline_s = float("inf")
         elif self._deaf:
@@ -284,9 +287,9 @@ class GatewayProtocol(HttpToolsProtocol):
         elif not self._receiving:
             self.transport.close()
         elif self._head_bytes >= 0:
-            self._refuse(client_timeout("request head", timeouts.head_s))
+            self._refuse(client_timeout("request head", self._head_s))
         elif self._relayed:
-            self._refuse(client_timeout("request body", timeouts.body_s))
+            self._refuse(client_timeout("request body", self._body_s))
         else:
             self.transport.abort()
 
