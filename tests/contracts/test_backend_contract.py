@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -19,10 +20,13 @@ import pytest_asyncio
 import zmq
 import zmq.asyncio
 
+from headrace.backends import embedded_model
 from headrace.backends.base import Backend, Started
 from headrace.backends.external import ExternalBackend
 from headrace.backends.load_publisher import decode_report
 from headrace.backends.simulated import SimulatedBackend
+from headrace.backends.vllm import VllmBackend
+from headrace.backends.vllm_arguments import EngineSettings
 from headrace.config import SimulatedEngine
 from headrace_router.types import LoadReport, ReplicaId
 
@@ -65,9 +69,32 @@ async def external() -> AsyncIterator[Backend]:
     await server.stop()
 
 
+@asynccontextmanager
+async def vllm() -> AsyncIterator[Backend]:
+    # float32: prefill and decode round alike, so that what is asserted equal is equal.
+    arguments = {
+        "max_model_len": 2048,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 256 * 1024**2,
+        "dtype": "float32",
+        "enforce_eager": True,
+    }
+    core = min(os.sched_getaffinity(0))
+    backend = VllmBackend(
+        EngineSettings(MODEL, embedded_model.SOURCE, arguments),
+        ReplicaId("vllm-0"),
+        "127.0.0.1",
+        TOKEN,
+        cores=((core,),),
+    )
+    yield backend
+    await backend.stop()
+
+
 KINDS = [
     pytest.param(Kind(simulated), id="simulated"),
     pytest.param(Kind(external, owns_server=False, publishes_load=False), id="external"),
+    pytest.param(Kind(vllm), id="vllm", marks=pytest.mark.vllm),
 ]
 
 

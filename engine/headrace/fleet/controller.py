@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import time
 from typing import Any
@@ -23,12 +24,12 @@ import ray
 
 from headrace.backends.base import Started
 from headrace.config import Config
-from headrace.errors import HeadraceError, StartError
+from headrace.errors import FatalStartError, HeadraceError, StartError
 from headrace.fleet import placement
 from headrace.fleet.external import ExternalMembers
 from headrace.fleet.reconcile import Action, Kill, Start, Stop, reconcile
 from headrace.fleet.replica import ReplicaOrder
-from headrace.fleet.replica_host import ReplicaHost, survey
+from headrace.fleet.replica_host import NAMESPACE, ReplicaHost, controller_name, survey
 from headrace.fleet.slot import Slot
 from headrace.fleet.specs import Device, ReplicaSpec, expand
 from headrace.fleet.status import FleetStatus
@@ -92,6 +93,10 @@ class Controller:
         return FleetStatus(
             self._config.fleet.name, membership.epoch, membership.version, tuple(rows), self._is_surveyed
         )
+
+    async def process_id(self) -> int:
+        """Of this actor's process, for people who look into it."""
+        return os.getpid()
 
     async def shutdown(self, drain_s: float) -> None:
         """End every replica, letting what runs finish for at most `drain_s`. The actor itself stays."""
@@ -259,6 +264,29 @@ class Controller:
             self._changed.notify_all()
 
 
+def create(config: Config, internal_token: str, host: str | None) -> Any:
+    """Start the controller actor of a fleet on the connected cluster and return its handle.
+
+    Raises FatalStartError when a fleet of that name runs there already.
+    """
+    options: dict[str, Any] = {
+        "name": controller_name(config.fleet.name),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": -1,  # a poll under way when it dies is asked again of its successor
+        "max_concurrency": 1000,
+        "num_cpus": 0,
+    }
+    try:
+        return ray.remote(Controller).options(**options).remote(config, internal_token, host)
+    except ValueError as error:  # the name is taken
+        raise FatalStartError(
+            f"fleet {config.fleet.name!r} runs on this cluster already; see `headrace status`, or set another "
+            "fleet.name"
+        ) from error
+
+
 async def _within(reference: Any, timeout_s: float) -> Any:
     """What a call to a replica returns, None when it fails or takes too long."""
     try:
@@ -269,7 +297,7 @@ async def _within(reference: Any, timeout_s: float) -> Any:
 
 def _death(error: Exception) -> str:
     """Ray's report of a death in one line."""
-    text = str(error)
-    if "out of memory" in text.lower() or "oom" in text.lower().split():
+    # Ray's memory monitor says so; a death of any other kind lists the kernel's OOM killer among possible causes.
+    if "running low on memory" in str(error):
         return "its process was killed: the node ran out of memory"
     return "its process died"

@@ -119,31 +119,13 @@ class Launch:
         preflight.check_devices(expand(self._config, num_cores, num_gpus), num_cores, num_gpus)
 
     async def _start_controller(self, connection: cluster.Connection, token: str) -> None:
-        import ray
+        from headrace.fleet import controller
 
-        from headrace.fleet.controller import Controller
-        from headrace.fleet.replica_host import NAMESPACE, controller_name
-
-        fleet = self._config.fleet.name
-        options: dict[str, Any] = {
-            "name": controller_name(fleet),
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_restarts": -1,
-            "max_concurrency": 1000,
-            "num_cpus": 0,
-        }
         # On one machine loopback is enough, and nothing else can reach it.
         host = "127.0.0.1" if connection.is_local else None
-        try:
-            controller = ray.remote(Controller).options(**options).remote(self._config, token, host)
-        except ValueError as error:  # the name is taken
-            raise FatalStartError(
-                f"fleet {fleet!r} runs on this cluster already; see `headrace status`, or set another fleet.name"
-            ) from error
-        self._controller = controller
-        await controller.begin.remote()
-        self._membership.follow(controller)
+        self._controller = controller.create(self._config, token, host)
+        await self._controller.begin.remote()
+        self._membership.follow(self._controller)
 
     async def _wait_until_ready(self) -> FleetStatus:
         limit_s = self._config.fleet.start_timeout_s
