@@ -46,6 +46,7 @@ class ScriptedReplica:
         self.aborted = asyncio.Event()
         self.started = asyncio.Event()
         self.blocked = asyncio.Event()  # a write waits: the gateway has stopped reading
+        self.go_on = asyncio.Event()  # what the script "head_first" waits for before its first event
         self.written = 0
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -132,6 +133,9 @@ class ScriptedReplica:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )
+        if script == "head_first":
+            await writer.drain()
+            await self.go_on.wait()
         if script == "flood":
             filler = b"data: " + b"x" * 65_530 + b"\n\n"
             writer.transport.set_write_buffer_limits(high=65_536)

@@ -169,6 +169,18 @@ async def test_stream_that_falls_silent_ends_with_an_error_event(front: Open, fa
         await gateway.settled()
 
 
+async def test_head_long_before_the_first_token_is_no_silence(front: Open) -> None:
+    """vLLM sends a stream's head at once and its first token after the prefill."""
+    async with front(num_replicas=1) as gateway:
+        reader, writer = await gateway.connect()
+        writer.write(gateway_request(STREAM | {"script": {"all": "head_first"}}))
+        await reader.readuntil(b"\r\n\r\n")
+        gateway.context.expire()
+        gateway.replicas[0].go_on.set()
+        assert (await reader.read()).count(b"choices") == 3
+        writer.close()
+
+
 async def test_stalled_client_pauses_the_replica_instead_of_filling_memory(front: Open, face: str) -> None:
     async with front(face, num_replicas=1) as gateway:
         reader, writer = await gateway.connect()

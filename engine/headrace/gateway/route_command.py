@@ -9,7 +9,7 @@ import sys
 
 import uvloop
 
-from headrace.config import Gateway
+from headrace.config import Gateway, node
 from headrace.gateway.server import GatewayServer
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.policies import POLICIES
@@ -43,14 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises HeadraceError when it cannot start."""
     source = StaticFleet(args.backend, api_key=args.api_key, model=args.model)
-    config = Gateway.model_validate(
+    config = node(
+        Gateway,
         {
             "host": args.host,
             "port": args.port,
             "policy": args.policy,
             "access_log": not args.no_access_log,
             "seed": args.seed,
-        }
+        },
+        at="gateway",
     )
     server = GatewayServer(config, source)
     host, port = server.bind()
