@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +29,12 @@ class Served:
     def __init__(self, config: Path, *arguments: str) -> None:
         name, value = "HEADRACE_TEST_RUN", secrets.token_hex(8)
         self.mark = f"{name}={value}"
+        # Its own place to be found at: `status` must not meet a fleet that the user runs.
+        self._found_at = tempfile.TemporaryDirectory()
+        self._environment = {**os.environ, name: value, "XDG_RUNTIME_DIR": self._found_at.name}
         self.process = subprocess.Popen(
             [*CLI, "serve", str(config), *arguments],
-            env={**os.environ, name: value},
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -69,7 +73,12 @@ class Served:
     def status(self) -> dict[str, Any]:
         """What `headrace status --json` says of it."""
         done = subprocess.run(
-            [*CLI, "status", "--json"], capture_output=True, text=True, timeout=60, check=False
+            [*CLI, "status", "--json"],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         status: dict[str, Any] = json.loads(done.stdout)
@@ -114,6 +123,7 @@ def _serving(config: Path, *arguments: str) -> Iterator[Served]:
             except subprocess.TimeoutExpired:
                 served.process.kill()
         warden.end_all(served.mark, grace_s=5)
+        served._found_at.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -35,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--address", help="a Ray cluster, HOST:PORT or auto; default: the fleet on this machine"
     )
     parser.add_argument("--fleet", help="its fleet.name, where several run")
+    parser.add_argument("--pid", type=int, help="of its `headrace serve`, where several of one name run")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Raises NothingRuns with one line when there is no fleet."""
     out = sys.stdout
     if args.address is None:
-        found = _pick(run_file.running(), args.fleet)
+        found = _pick(run_file.running(), args.fleet, args.pid)
         status = _ask(found.ray_address, found.fleet, found.auth_token)
         _print(status, found.url, args.json, out)
     else:
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pick(runs: list[run_file.Run], fleet: str | None) -> run_file.Run:
-    named = [run for run in runs if fleet in (None, run.fleet)]
+def _pick(runs: list[run_file.Run], fleet: str | None, pid: int | None) -> run_file.Run:
+    named = [run for run in runs if fleet in (None, run.fleet) and pid in (None, run.pid)]
     if len(named) == 1:
         return named[0]
     if not runs:
@@ -59,8 +60,8 @@ def _pick(runs: list[run_file.Run], fleet: str | None) -> run_file.Run:
         )
     names = ", ".join(f"{run.fleet} (pid {run.pid}, {run.url})" for run in runs)
     if not named:
-        raise NothingRuns(f"no fleet {fleet!r} runs on this machine, but {names}")
-    raise NothingRuns(f"several fleets run on this machine: {names}; choose one with --fleet or --address")
+        raise NothingRuns(f"no such fleet runs on this machine, but {names}")
+    raise NothingRuns(f"several fleets run on this machine: {names}; choose one with --fleet or --pid")
 
 
 def _ask(address: str, fleet: str, auth_token: str | None) -> FleetStatus:
@@ -76,7 +77,7 @@ def _ask(address: str, fleet: str, auth_token: str | None) -> FleetStatus:
         status: FleetStatus = ray.get(controller.status.remote(), timeout=_TIMEOUT_S)
         return status
     except ValueError as error:
-        raise NothingRuns(f"no fleet {fleet!r} runs on the Ray cluster at {address}") from error
+        raise NothingRuns(f"no such fleet runs on the Ray cluster at {address}") from error
     except ray.exceptions.RayError as error:
         raise NothingRuns(
             f"the controller of fleet {fleet!r} does not answer: {type(error).__name__}"
