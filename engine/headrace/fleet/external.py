@@ -6,15 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from headrace.config import Config
 from headrace.fleet.status import ReplicaStatus
 from headrace.gateway.static_fleet import StaticFleet
-from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState
+from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState, Role
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_SILENT = "does not answer, or not as a server of this model"
 
 
 class ExternalMembers:
@@ -30,6 +32,7 @@ class ExternalMembers:
         self._known: dict[str, Membership] = {}
         self._since_s: dict[tuple[ReplicaId, ReplicaState], float] = {}
         self._following: list[asyncio.Task[None]] = []
+        self._began_s = time.monotonic()
 
     def start(self) -> None:
         self._following = [asyncio.ensure_future(self._follow(name)) for name in self._fleets]
@@ -43,7 +46,7 @@ class ExternalMembers:
 
     def rows(self) -> list[ReplicaStatus]:
         now_s = time.monotonic()
-        return [
+        rows = [
             ReplicaStatus(
                 id=replica.id,
                 model=replica.model,
@@ -52,8 +55,25 @@ class ExternalMembers:
                 state_s=now_s - self._since_s.get((replica.id, replica.state), now_s),
                 is_external=True,
                 url=replica.endpoints.url,
+                reason="" if replica.state is ReplicaState.READY else _SILENT,
             )
             for replica in self.replicas()
+        ]
+        known = {row.url for row in rows}
+        return rows + [
+            ReplicaStatus(
+                id=ReplicaId(urlsplit(url).netloc.rpartition("@")[2]),
+                model=name,
+                role=Role.UNIFIED,
+                state=ReplicaState.FAILED,
+                state_s=now_s - self._began_s,
+                is_external=True,
+                url=url,
+                reason=_SILENT,
+            )
+            for name, fleet in self._fleets.items()
+            for url in fleet.unreachable
+            if url not in known
         ]
 
     async def _follow(self, name: str) -> None:

@@ -131,6 +131,7 @@ class Launch:
         limit_s = self._config.fleet.start_timeout_s
         deadline_s = time.monotonic() + limit_s
         while True:
+            # A controller that dies meanwhile is restarted by Ray, and asked again.
             status: FleetStatus = await self._controller.status.remote()
             self._screen.progress(status)
             own = [replica for replica in status.replicas if not replica.is_external]

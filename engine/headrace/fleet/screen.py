@@ -95,6 +95,8 @@ def describe(replica: ReplicaStatus) -> str:
     if replica.state is ReplicaState.READY and replica.start_s:
         return f"{replica.id}: ready after {replica.start_s:.0f} s, pid {replica.pid}"
     if replica.state is ReplicaState.FAILED:
+        if replica.is_external:
+            return f"{replica.id}: {replica.reason}"
         then = "not started again" if replica.has_given_up else "to be started again"
         return f"{replica.id}: failed, {replica.reason}; {then}"
     return f"{replica.id}: {replica.state.value}"

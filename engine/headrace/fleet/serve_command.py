@@ -7,8 +7,7 @@ import argparse
 import uvloop
 
 from headrace import config as configuration
-from headrace.config import Config
-from headrace.errors import ConfigError
+from headrace.config import Config, Gateway
 from headrace.fleet.launch import Launch
 from headrace.fleet.screen import Screen
 
@@ -43,7 +42,6 @@ async def _serve(config: Config, screen: Screen, address: str | None) -> None:
 
 def with_overrides(config: Config, host: str | None, port: int | None) -> Config:
     """The configuration with the command line's address. Raises ConfigError for a port that cannot be."""
-    if port is not None and not 0 <= port <= 65535:
-        raise ConfigError(f"--port {port} is outside 0..65535")
-    update = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    return config.model_copy(update={"gateway": config.gateway.model_copy(update=update)})
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    gateway = configuration.node(Gateway, {**config.gateway.model_dump(), **given}, at="gateway")
+    return config.model_copy(update={"gateway": gateway})

@@ -77,7 +77,7 @@ def _ask(address: str, fleet: str, auth_token: str | None) -> FleetStatus:
         status: FleetStatus = ray.get(controller.status.remote(), timeout=_TIMEOUT_S)
         return status
     except ValueError as error:
-        raise NothingRuns(f"no such fleet runs on the Ray cluster at {address}") from error
+        raise NothingRuns(f"no fleet {fleet!r} runs on the Ray cluster at {address}") from error
     except ray.exceptions.RayError as error:
         raise NothingRuns(
             f"the controller of fleet {fleet!r} does not answer: {type(error).__name__}"
