@@ -138,7 +138,18 @@ class Gateway(Tree):
 
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
-    policy: Literal["round_robin", "random", "least_loaded", "power_of_two"] = "least_loaded"
+    policy: Literal[
+        "delay",
+        "round_robin",
+        "random",
+        "least_loaded",
+        "power_of_two",
+        "session_affinity",
+        "prefix_affinity",
+        "sticky_until_saturated",
+        "kv_blend",
+        "block_cost",
+    ] = "least_loaded"
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     retries: int = Field(

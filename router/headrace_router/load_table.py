@@ -1,61 +1,34 @@
-"""What each replica has to do: its last report and what this gateway has booked on it.
+"""What each replica has to do: its last report and what this gateway has booked on it since.
 
-Write path: `report` (from the engine) and `book`/`release` (from routing). Read path: `ReplicaLoad`, which policies
-see. A booking is released exactly once however its request ends; `check_integrity` states the conservation law.
+Write path: `report` (from the engine), `book`, `answered` and `release` (from routing). Read path: `ReplicaLoad`, which
+policies see. A booking is released exactly once however its request ends; `check_integrity` states the conservation
+law.
 """
 
 from __future__ import annotations
 
-from headrace_router.types import LoadReport, Replica
+from heapq import heappop, heappush
 
+from headrace_router.cost_model import DEFAULT_PRIOR, TimingPrior
+from headrace_router.replica_load import Booking, ReplicaLoad
+from headrace_router.types import Iteration, LoadReport, Replica
 
-class ReplicaLoad:
-    """One replica as a candidate: who it is and how much it has to do. Policies read, only LoadTable writes."""
+__all__ = ["Booking", "LoadTable", "ReplicaLoad"]
 
-    __slots__ = ("booked", "last_report", "replica", "reported_at_s", "suspended", "suspended_until_s")
-
-    def __init__(self, replica: Replica) -> None:
-        self.replica = replica
-        self.booked = 0  # requests this gateway sent and that have not ended
-        self.last_report: LoadReport | None = None
-        self.reported_at_s: float | None = None  # None where no reports are to be expected
-        self.suspended: str | None = None  # why it is out of the view, None while it is in
-        self.suspended_until_s = 0.0
-
-    @property
-    def requests(self) -> int:
-        """Requests running or waiting there, as far as is known.
-
-        The larger of both views: a report also counts other gateways' requests but is up to 100 ms old; our own
-        bookings are exact but only ours.
-        """
-        report = self.last_report
-        if report is None:
-            return self.booked
-        reported = report.running + report.waiting
-        return self.booked if self.booked > reported else reported
-
-
-class Booking:
-    """A request's claim on a replica. `LoadTable.release` it exactly once; a second release changes nothing."""
-
-    __slots__ = ("load", "released")
-
-    def __init__(self, load: ReplicaLoad) -> None:
-        self.load = load
-        self.released = False
-
-    @property
-    def replica(self) -> Replica:
-        return self.load.replica
+SETTLE_S = 0.02
+"""From booking a request to a report that shows it: the way there, parsing, tokenising. A booking younger than that
+when a report arrives counts on until the next one; counting it twice for a moment herds nobody, missing it does."""
 
 
 class LoadTable:
     """Loads of the present replicas. Not thread-safe: one event loop owns it."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: TimingPrior = DEFAULT_PRIOR) -> None:
+        self._prior = prior
         self._loads: dict[str, ReplicaLoad] = {}
         self._open_bookings = 0
+        self._free_slots: list[int] = []  # heap, all below `_num_slots`
+        self._num_slots = 0
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -72,21 +45,38 @@ class LoadTable:
         """Make `replicas` the present ones and return the loads of those that went.
 
         A replica that restarted (new boot id) starts from zero; bookings on its predecessor stay valid and are
-        released against it, never against the successor.
+        released against it, never against the successor. Slots are dense: the lowest free one is given first.
         """
         before = self._loads
+        kept = {
+            replica.id
+            for replica in replicas
+            if (load := before.get(replica.id)) is not None and load.replica.boot_id == replica.boot_id
+        }
+        gone = [load for name, load in before.items() if name not in kept]
+        for load in gone:
+            load.attach(None, 0)
+            heappush(self._free_slots, load.slot)
         self._loads = {}
         for replica in replicas:
-            load = before.get(replica.id)
-            if load is not None and load.replica.boot_id == replica.boot_id:
+            if replica.id in self._loads:
+                continue  # named twice: the first stands
+            if replica.id in kept:
+                load = before[replica.id]
                 load.replica = replica
-                del before[replica.id]
+                load.refresh()
             else:
-                load = ReplicaLoad(replica)
+                load = ReplicaLoad(replica, self._take_slot(), self._prior)
                 if replica.endpoints.load is not None:
                     load.reported_at_s = now_s  # its silence is counted from here
             self._loads[replica.id] = load
-        return list(before.values())
+        return gone
+
+    def _take_slot(self) -> int:
+        if self._free_slots:
+            return heappop(self._free_slots)
+        self._num_slots += 1
+        return self._num_slots - 1
 
     def report(self, report: LoadReport, now_s: float) -> bool:
         """Take in a report. Returns False, changing nothing, when it is of another boot or out of order."""
@@ -96,22 +86,42 @@ class LoadTable:
         last = load.last_report
         if last is not None and report.sequence <= last.sequence:
             return False
-        load.last_report = report
-        load.reported_at_s = now_s
+        load.take(report, now_s, now_s - SETTLE_S)
         return True
 
-    def book(self, load: ReplicaLoad) -> Booking:
+    def book(
+        self,
+        load: ReplicaLoad,
+        prompt_tokens: int = 0,
+        uncached_tokens: int = 0,
+        output_tokens: int = 0,
+        now_s: float = 0.0,
+    ) -> Booking:
         """Count a request on a replica until the booking is released."""
-        load.booked += 1
+        booking = Booking(load, prompt_tokens, uncached_tokens, output_tokens, now_s)
+        load.add(booking)
         self._open_bookings += 1
-        return Booking(load)
+        return booking
 
-    def release(self, booking: Booking) -> None:
+    def answered(self, booking: Booking, now_s: float) -> None:
+        """The first token is out, so the prompt is computed. Safe to call again, or never.
+
+        Of a replica that reports nothing this is all there is to learn its pace from: a request that found it idle
+        took about one step.
+        """
+        load = booking.load
+        if booking.released or not load.settle(booking) or load.last_report is not None:
+            return
+        if booking.alone and booking.uncached_tokens > 0 and now_s > booking.booked_at_s:
+            load.cost_model.observe((Iteration(now_s - booking.booked_at_s, booking.uncached_tokens, 0),))
+            load.refresh()
+
+    def release(self, booking: Booking, now_s: float = 0.0) -> None:
         """Give a booking back. Safe to call again."""
         if booking.released:
             return
         booking.released = True
-        booking.load.booked -= 1
+        booking.load.drop(booking, now_s)
         self._open_bookings -= 1
 
     @property
@@ -120,9 +130,13 @@ class LoadTable:
         return self._open_bookings
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless bookings add up: none negative, present ones at most all open ones."""
+        """Raise AssertionError unless bookings add up (none negative, present ones at most all open ones) and slots
+        are dense and nobody's twice."""
         present = 0
         for load in self._loads.values():
             assert load.booked >= 0, f"{load.replica.id} has {load.booked} bookings"
+            load.check_integrity()
             present += load.booked
         assert present <= self._open_bookings, f"{present} booked on replicas, {self._open_bookings} open"
+        slots = sorted([load.slot for load in self._loads.values()] + self._free_slots)
+        assert slots == list(range(self._num_slots)), f"slots {slots} of {self._num_slots}"

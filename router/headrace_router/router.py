@@ -1,7 +1,8 @@
 """The router: choose, book, release. The one mutable object of this package.
 
 Read path: `choose` picks among the eligible replicas of a model and books the request on it in the same breath, so
-that the next choice already sees it. Write path: `set_membership`, `report`, `suspend`, `tick`, `release`.
+that the next choice already sees it. Write path: `set_membership`, `report`, `suspend`, `tick`, `answered`, `release`;
+KV events go to `index` directly.
 """
 
 from __future__ import annotations
@@ -9,26 +10,50 @@ from __future__ import annotations
 from math import inf
 from typing import NamedTuple
 
+from headrace_router.cost_model import DEFAULT_PRIOR, TimingPrior
+from headrace_router.load_columns import LoadColumns
 from headrace_router.load_table import Booking, LoadTable, ReplicaLoad
-from headrace_router.policies import Policy
+from headrace_router.prefix_source import PrefixSource
 from headrace_router.types import LoadReport, Membership, Replica, ReplicaState, Request
+from headrace_router.view import Decision, Policy, View
+
+WIDE_FLEET = 40
+"""Candidates from which on numpy decides quicker than a loop (`headrace_bench.decision_bench`)."""
 
 
 class Choice(NamedTuple):
-    """A replica, the booking on it (to be released exactly once) and the reason for it."""
+    """The booking on the chosen replica (to be released exactly once) and the decision behind it."""
 
     booking: Booking
-    reason: str
+    decision: Decision
+
+    @property
+    def reason(self) -> str:
+        return self.decision.reason
 
 
 class Router:
-    """Decides where requests run. Not thread-safe: one event loop owns it; no call blocks or does I/O."""
+    """Decides where requests run. Not thread-safe: one event loop owns it; no call blocks or does I/O.
 
-    def __init__(self, policy: Policy) -> None:
+    Times are seconds on one clock that never goes back; a call without one takes the latest that any call brought.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        index: PrefixSource | None = None,
+        texts: PrefixSource | None = None,
+        prior: TimingPrior = DEFAULT_PRIOR,
+    ) -> None:
+        """`index` knows prompts by token blocks, `texts` by text chunks; without either only load decides."""
         self.policy = policy
-        self.loads = LoadTable()
+        self.index = index
+        self.texts = texts
+        self.loads = LoadTable(prior)
+        self._now_s = 0.0
         self._models: dict[str, list[ReplicaLoad]] = {}  # every replica of the model, whatever its state
-        self._eligible: dict[str, list[ReplicaLoad]] = {}  # those that may take new requests
+        self._views: dict[str, View] = {}  # those that may take new requests
 
     # --- read path
 
@@ -41,41 +66,75 @@ class Router:
         return list(self._models)
 
     def eligible(self, model: str) -> list[ReplicaLoad]:
-        """Replicas that may take a new request of this model. Not to be modified."""
-        return self._eligible.get(model, [])
+        """Replicas that may take a new request of this model."""
+        view = self._views.get(model)
+        return [] if view is None else list(view.loads)
 
-    def choose(self, request: Request) -> Choice | None:
+    def choose(self, request: Request, now_s: float | None = None) -> Choice | None:
         """Choose a replica and book the request on it. None when no replica of the model is eligible."""
-        candidates = self._eligible.get(request.model)
-        if not candidates:
+        view = self._views.get(request.model)
+        if view is None or not view.loads:
             return None
         if request.excluded:
-            candidates = [load for load in candidates if load.replica.id not in request.excluded]
-            if not candidates:
+            loads = [load for load in view.loads if load.replica.id not in request.excluded]
+            if not loads:
                 return None
-        load, reason = self.policy.choose(request, candidates)
-        return Choice(self.loads.book(load), reason)
+            view = View(loads)
+        if now_s is None:
+            now_s = self._now_s
+        else:
+            self._now_s = now_s
+        source = None
+        if request.block_hashes is not None:
+            source = self.index
+        elif request.chunk_hashes is not None:
+            source = self.texts
+        view.now_s = now_s
+        view.hits = (
+            None if source is None or not self.policy.reads_prefixes else source.look_up(request, now_s)
+        )
+        decision = self.policy.choose(request, view)
+        load = decision.load
+        tokens = request.size_tokens
+        uncached = tokens - decision.hit_tokens
+        booking = self.loads.book(load, tokens, max(uncached, 1), request.max_tokens or 0, now_s)
+        if source is not None:
+            source.routed(request, load.slot, now_s)
+        return Choice(booking, decision)
 
     # --- write path
 
-    def release(self, booking: Booking) -> None:
+    def answered(self, booking: Booking, now_s: float) -> None:
+        """The request's first token has come. Safe to call again, or never; a decision knows more with it."""
+        self._now_s = now_s
+        self.loads.answered(booking, now_s)
+
+    def release(self, booking: Booking, now_s: float | None = None) -> None:
         """The request has ended, however it ended. Safe to call again."""
-        self.loads.release(booking)
+        if now_s is None:
+            now_s = self._now_s
+        self.loads.release(booking, now_s)
 
     def set_membership(self, membership: Membership, now_s: float) -> list[Replica]:
         """Take the fleet as it now is; returns the replicas that went (a restarted one counts as gone)."""
+        self._now_s = now_s
         gone = self.loads.replace(membership.replicas, now_s)
+        present = self.loads.all()
+        for source in (self.index, self.texts):
+            if source is not None:
+                source.follow([(load.replica, load.slot) for load in present])
         self._models = {}
-        for load in self.loads.all():
+        for load in present:
             self._models.setdefault(load.replica.model, []).append(load)
         for model in self._models:
             self._rebuild(model)
-        for model in [m for m in self._eligible if m not in self._models]:
-            del self._eligible[model]
+        for model in [m for m in self._views if m not in self._models]:
+            del self._views[model]
         return [load.replica for load in gone]
 
     def report(self, report: LoadReport, now_s: float) -> bool:
         """Take in a load report; a replica suspended for its silence is back. False if it was not usable."""
+        self._now_s = now_s
         accepted = self.loads.report(report, now_s)
         if accepted:
             load = self.loads.get(report.replica_id)
@@ -101,6 +160,7 @@ class Router:
 
         Returns the newly suspended ones. Replicas that never report (external servers) are never silent.
         """
+        self._now_s = now_s
         silent = []
         for load in self.loads.all():
             if load.suspended is not None:
@@ -116,18 +176,25 @@ class Router:
         self._rebuild(load.replica.model)
 
     def _rebuild(self, model: str) -> None:
-        self._eligible[model] = [
-            load
-            for load in self._models[model]
-            if load.suspended is None and load.replica.state is ReplicaState.READY
-        ]
+        everyone = self._models[model]
+        eligible = [load for load in everyone if _is_eligible(load)]
+        columns = LoadColumns(len(eligible)) if len(eligible) >= WIDE_FLEET else None
+        for load in everyone:
+            load.attach(None, 0)
+        for row, load in enumerate(eligible):
+            load.attach(columns, row)
+        self._views[model] = View(eligible, columns)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless the eligible lists follow from membership and bookings add up."""
+        """Raise AssertionError unless the views follow from membership and bookings add up."""
         self.loads.check_integrity()
         for model, loads in self._models.items():
-            expected = [
-                load for load in loads if load.suspended is None and load.replica.state is ReplicaState.READY
-            ]
-            assert self._eligible[model] == expected, f"stale view of {model}"
-        assert set(self._eligible) == set(self._models)
+            assert self.eligible(model) == [load for load in loads if _is_eligible(load)], f"stale: {model}"
+        assert set(self._views) == set(self._models)
+        for source in (self.index, self.texts):
+            if source is not None:
+                source.check_integrity()
+
+
+def _is_eligible(load: ReplicaLoad) -> bool:
+    return load.suspended is None and load.replica.state is ReplicaState.READY

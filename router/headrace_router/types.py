@@ -5,9 +5,13 @@ Values only. Everything here is frozen, carries its units in its name, and can b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, NewType
+
+import numpy as np
+from numpy.typing import NDArray
 
 ReplicaId = NewType("ReplicaId", str)
 """Name of one replica slot, stable across restarts: ``smollm2-unified-0``."""
@@ -107,19 +111,25 @@ class LoadReport:
 
 
 class Request(NamedTuple):
-    """What a policy may know of a request. A tuple: one is made per request, a frozen dataclass costs 1 µs more."""
+    """What a policy may know of a request. A tuple: one is made per request, a frozen dataclass costs 1 µs more.
+
+    Prompts are known by token blocks (precise), by text chunks (learned from our own routing), or not at all: then
+    only load decides.
+    """
 
     model: str
     prompt_bytes: int = 0  # length of the request body
     max_tokens: int | None = None
     session: str | None = None  # `x-session-id` header or the body's `user`, for affinity
     excluded: frozenset[ReplicaId] = frozenset()  # already tried
+    prompt_tokens: int | None = None  # None where nobody counted; then `prompt_bytes` is the estimate
+    block_hashes: Mapping[int, NDArray[np.uint64]] | None = None
+    """Of the full blocks, by block size: one entry per size in `PrefixIndex.block_sizes(model)`."""
+    chunk_hashes: NDArray[np.uint64] | None = None  # of the full text chunks, where tokens are not known
+    priority: int = 0  # lower is served first, as in vLLM
 
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The chosen replica and, in words, why."""
-
-    replica: Replica
-    reason: str
-    policy: str
+    @property
+    def size_tokens(self) -> int:
+        """Tokens of the prompt, or an estimate of them: English text has about four bytes per token."""
+        counted = self.prompt_tokens
+        return counted if counted is not None else (self.prompt_bytes >> 2) + 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from headrace_router.load_table import ReplicaLoad
 from headrace_router.policies import POLICIES, make_policy
 from headrace_router.types import BootId, Endpoints, Replica, ReplicaId, Request, Role
+from headrace_router.view import View
 
 REQUEST = Request("m")
 
@@ -23,6 +24,7 @@ def candidates(booked: list[int]) -> list[ReplicaLoad]:
             Replica(ReplicaId(f"r{index}"), BootId("b"), "m", Role.UNIFIED, Endpoints("http://127.0.0.1:1"))
         )
         load.booked = count
+        load.refresh()
         loads.append(load)
     return loads
 
@@ -35,9 +37,9 @@ def test_choice_is_a_candidate_with_a_reason_and_changes_none(
     policy = make_policy(name, seed)
     loads = candidates(booked)
     for _ in range(3):
-        chosen, reason = policy.choose(REQUEST, loads)
-        assert chosen in loads
-        assert reason
+        decision = policy.choose(REQUEST, View(loads))
+        assert decision.load in loads
+        assert decision.reason
     assert [load.booked for load in loads] == booked
 
 
@@ -46,8 +48,8 @@ def test_equal_seeds_choose_equally(name: str) -> None:
     rng = Random(7)
     loads = candidates([rng.randrange(5) for _ in range(16)])
     one, other = make_policy(name, 3), make_policy(name, 3)
-    assert [one.choose(REQUEST, loads)[0] for _ in range(100)] == [
-        other.choose(REQUEST, loads)[0] for _ in range(100)
+    assert [one.choose(REQUEST, View(loads)).load for _ in range(100)] == [
+        other.choose(REQUEST, View(loads)).load for _ in range(100)
     ]
 
 
@@ -55,23 +57,23 @@ def test_equal_seeds_choose_equally(name: str) -> None:
 def test_idle_replicas_share_the_work(name: str) -> None:
     policy = make_policy(name, 1)
     loads = candidates([0] * 4)
-    counts = Counter(policy.choose(REQUEST, loads)[0].replica.id for _ in range(4000))
+    counts = Counter(policy.choose(REQUEST, View(loads)).load.replica.id for _ in range(4000))
     assert all(800 < counts[load.replica.id] < 1200 for load in loads)
 
 
 def test_round_robin_takes_each_in_turn() -> None:
     policy = make_policy("round_robin", 0)
     loads = candidates([9, 0, 5])
-    assert [policy.choose(REQUEST, loads)[0].replica.id for _ in range(6)] == ["r0", "r1", "r2"] * 2
+    assert [policy.choose(REQUEST, View(loads)).load.replica.id for _ in range(6)] == ["r0", "r1", "r2"] * 2
 
 
 @given(booked=st.lists(st.integers(0, 100), min_size=1, max_size=50))
 def test_least_loaded_takes_the_minimum(booked: list[int]) -> None:
-    chosen, _ = make_policy("least_loaded", 0).choose(REQUEST, candidates(booked))
+    chosen = make_policy("least_loaded", 0).choose(REQUEST, View(candidates(booked))).load
     assert chosen.booked == min(booked)
 
 
 @given(booked=st.lists(st.integers(0, 100), min_size=2, max_size=50, unique=True), seed=st.integers(0, 2**32))
 def test_power_of_two_never_takes_the_most_loaded(booked: list[int], seed: int) -> None:
-    chosen, _ = make_policy("power_of_two", seed).choose(REQUEST, candidates(booked))
+    chosen = make_policy("power_of_two", seed).choose(REQUEST, View(candidates(booked))).load
     assert chosen.booked < max(booked)

@@ -1,0 +1,236 @@
+"""One replica as a candidate: who it is and how much it has to do.
+
+What policies read is kept as plain numbers, brought up to date by every write (a report, a booking, a release), so
+that a decision among a few replicas is a loop over attributes.
+"""
+
+from __future__ import annotations
+
+from headrace_router.cost_model import DEFAULT_PRIOR, CostModel, TimingPrior
+from headrace_router.load_columns import LoadColumns
+from headrace_router.types import Iteration, LoadReport, Replica
+
+RESIDENCE_S = 5.0  # believed stay of a request in the engine before any has ended
+RESIDENCE_MEMORY = 0.05
+UNKNOWN_TOKENS = 1e18  # of a KV cache whose size nobody told: never an obstacle
+LEARNED_PER_REPORT = 4  # steps; the filter needs far fewer than an engine makes
+
+
+class Booking:
+    """A request's claim on a replica. `LoadTable.release` it exactly once; a second release changes nothing."""
+
+    __slots__ = (
+        "alone",
+        "booked_at_s",
+        "load",
+        "output_tokens",
+        "prompt_tokens",
+        "released",
+        "uncached_tokens",
+    )
+
+    def __init__(
+        self,
+        load: ReplicaLoad,
+        prompt_tokens: int = 0,
+        uncached_tokens: int = 0,
+        output_tokens: int = 0,
+        booked_at_s: float = 0.0,
+    ) -> None:
+        self.load = load
+        self.prompt_tokens = prompt_tokens
+        self.uncached_tokens = uncached_tokens  # to be computed, as predicted
+        self.output_tokens = output_tokens  # expected
+        self.booked_at_s = booked_at_s
+        self.released = False
+        self.alone = False  # nothing else ran there when it came
+
+    @property
+    def replica(self) -> Replica:
+        return self.load.replica
+
+
+class ReplicaLoad:
+    """Policies read, only LoadTable writes. `requests`, `wait_s`, ... are as of the last write."""
+
+    __slots__ = (
+        "_bookings",
+        "_columns",
+        "_row",
+        "backlog_tokens",
+        "booked",
+        "cost_model",
+        "free_tokens",
+        "held_tokens",
+        "kv_use",
+        "last_report",
+        "memory_token_s",
+        "replica",
+        "reported_at_s",
+        "requests",
+        "residence_s",
+        "running",
+        "slot",
+        "suspended",
+        "suspended_until_s",
+        "token_s",
+        "unreported",
+        "unreported_tokens",
+        "wait_s",
+        "waiting",
+    )
+
+    def __init__(self, replica: Replica, slot: int = 0, prior: TimingPrior = DEFAULT_PRIOR) -> None:
+        self.replica = replica
+        self.slot = slot  # dense number among the present replicas: its place in hits
+        self.cost_model = CostModel(prior)
+        self.booked = 0  # requests this gateway sent and that have not ended
+        self.unreported = 0  # of those, the ones that no report (and no answer) has shown yet
+        self.unreported_tokens = 0  # their uncached prompt tokens
+        self._bookings: dict[Booking, None] = {}  # the unreported ones, oldest first
+        self.last_report: LoadReport | None = None
+        self.reported_at_s: float | None = None  # None where no reports are to be expected
+        self.suspended: str | None = None  # why it is out of the view, None while it is in
+        self.suspended_until_s = 0.0
+        self.residence_s = RESIDENCE_S  # from booking to release, learned
+        self.running = 0  # as reported
+        self.waiting = 0  # as reported
+        self.kv_use = 0.0  # as reported, 0..1
+        # Derived, brought up to date by `refresh`:
+        self.requests = 0  # running or waiting there, as far as is known
+        self.backlog_tokens = 0  # uncached prompt tokens that wait or are being prefilled
+        self.token_s = self.cost_model.seconds_per_token()  # seconds per token of prefill, now
+        self.wait_s = 0.0  # until the backlog is prefilled
+        self.free_tokens = UNKNOWN_TOKENS  # that the KV cache can take before somebody must end
+        self.held_tokens = 0.0  # in the KV cache by requests that run
+        self.memory_token_s = 0.0  # seconds until one more token of KV cache comes free
+        self._columns: LoadColumns | None = None
+        self._row = 0
+
+    # --- read path
+
+    def memory_wait_s(self, prompt_tokens: int) -> float:
+        """Seconds until the KV cache has room for the backlog and this prompt: 0 where it has already.
+
+        Requests hold `held_tokens` and stay `residence_s`; in a steady flow they give back held / residence tokens
+        per second (Little's law).
+        """
+        missing = self.backlog_tokens + prompt_tokens - self.free_tokens
+        return missing * self.memory_token_s if missing > 0 else 0.0
+
+    # --- write path, for LoadTable
+
+    def attach(self, columns: LoadColumns | None, row: int) -> None:
+        """Keep `row` of `columns` up to date from now on."""
+        self._columns, self._row = columns, row
+        self.refresh()
+
+    def add(self, booking: Booking) -> None:
+        """One more request. A replica that never reports shows it with its first token."""
+        booking.alone = self.booked == 0
+        self.booked += 1
+        self._bookings[booking] = None
+        self.unreported += 1
+        self.unreported_tokens += booking.uncached_tokens
+        # What `refresh` would do: the pace of prefill does not depend on what only waits.
+        backlog = self.backlog_tokens = self.backlog_tokens + booking.uncached_tokens
+        self.wait_s = backlog * self.token_s
+        reported = self.running + self.waiting + self.unreported
+        self.requests = self.booked if self.booked > reported else reported
+        if self._columns is not None:
+            self._write_row()
+
+    def drop(self, booking: Booking, now_s: float) -> None:
+        """The request has ended."""
+        self.booked -= 1
+        self._forget(booking)
+        stay_s = now_s - booking.booked_at_s
+        if stay_s > 0:
+            self.residence_s += RESIDENCE_MEMORY * (min(stay_s, 10 * self.residence_s) - self.residence_s)
+        self.refresh()
+
+    def settle(self, booking: Booking) -> bool:
+        """Its prompt is computed: it counts as running, no longer as backlog. False when it already did."""
+        settled = self._forget(booking)
+        if settled:
+            self.refresh()
+        return settled
+
+    def take(self, report: LoadReport, now_s: float, settled_before_s: float) -> None:
+        """A newer report. It shows what was booked before `settled_before_s`."""
+        self.last_report = report
+        self.reported_at_s = now_s
+        self.running, self.waiting = report.running, report.waiting
+        self.kv_use = min(1.0, max(0.0, report.kv_use))
+        bookings = self._bookings
+        while bookings:
+            oldest = next(iter(bookings))
+            if oldest.booked_at_s > settled_before_s:
+                break
+            self._forget(oldest)
+        if report.iterations:
+            self.cost_model.observe(_telling(report))
+        self.refresh()
+
+    def _forget(self, booking: Booking) -> bool:
+        if booking not in self._bookings:
+            return False
+        del self._bookings[booking]
+        self.unreported -= 1
+        self.unreported_tokens -= booking.uncached_tokens
+        return True
+
+    def refresh(self) -> None:
+        """Bring the derived numbers up to date."""
+        report = self.last_report
+        booked, backlog = self.booked, self.unreported_tokens
+        # A report also counts other gateways' requests; our own bookings are exact but only ours.
+        reported = self.running + self.waiting + self.unreported
+        self.requests = booked if booked > reported else reported
+        if report is not None:
+            backlog += report.backlog_tokens
+        self.backlog_tokens = backlog
+        replica = self.replica
+        if replica.num_blocks is not None and replica.block_size is not None:
+            capacity = replica.num_blocks * replica.block_size
+            held = self.held_tokens = self.kv_use * capacity
+            self.free_tokens = capacity - held
+            self.memory_token_s = self.residence_s / max(held, 1.0)
+        running = self.running if report is not None else booked - self.unreported
+        token_s = self.token_s = self.cost_model.seconds_per_token(running, self.held_tokens)
+        self.wait_s = backlog * token_s
+        if self._columns is not None:
+            self._write_row()
+
+    def _write_row(self) -> None:
+        assert self._columns is not None
+        self._columns.write(
+            self._row,
+            (
+                self.wait_s,
+                self.token_s,
+                self.requests,
+                self.free_tokens,
+                self.memory_token_s,
+                self.backlog_tokens,
+            ),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the unreported bookings add up."""
+        name = self.replica.id
+        assert self.unreported == len(self._bookings), f"{name}: {self.unreported} of {len(self._bookings)}"
+        tokens = sum(booking.uncached_tokens for booking in self._bookings)
+        assert self.unreported_tokens == tokens, f"{name}: {self.unreported_tokens} tokens, not {tokens}"
+        assert self.booked >= self.unreported >= 0, f"{name}: {self.unreported} of {self.booked} unreported"
+        assert not any(booking.released for booking in self._bookings), f"{name} holds a released booking"
+
+
+def _telling(report: LoadReport) -> list[Iteration]:
+    """The steps worth learning from: the last few that prefilled, filled up with the last that only decoded."""
+    iterations = report.iterations
+    if len(iterations) <= LEARNED_PER_REPORT:
+        return list(iterations)
+    prefills = [step for step in iterations if step.prefill_tokens > 0][-LEARNED_PER_REPORT + 1 :]
+    decodes = [step for step in iterations if step.prefill_tokens == 0]
+    return prefills + decodes[len(prefills) - LEARNED_PER_REPORT :]
