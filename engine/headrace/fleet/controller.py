@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
 from typing import Any
 
@@ -27,13 +26,14 @@ from headrace.config import Config
 from headrace.errors import FatalStartError, HeadraceError, StartError
 from headrace.fleet import placement
 from headrace.fleet.external import ExternalMembers
+from headrace.fleet.membership_board import MembershipBoard
 from headrace.fleet.reconcile import Action, Kill, Start, Stop, reconcile
 from headrace.fleet.replica import ReplicaOrder
 from headrace.fleet.replica_host import NAMESPACE, ReplicaHost, controller_name, survey
 from headrace.fleet.slot import Slot
 from headrace.fleet.specs import Device, ReplicaSpec, expand
 from headrace.fleet.status import FleetStatus
-from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState
+from headrace_router.types import Membership, ReplicaId, ReplicaState
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ class Controller:
         self._desired: dict[ReplicaId, ReplicaSpec] = {}
         self._nodes: tuple[placement.Node, ...] = ()
         self._external = ExternalMembers(config, self._publish)
-        self._membership = Membership(0, (), secrets.token_hex(8))
-        self._changed = asyncio.Condition()
-        self._announcing: set[asyncio.Task[None]] = set()
+        self._board = MembershipBoard()
         self._supervising: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._is_surveyed = False
@@ -74,14 +72,7 @@ class Controller:
     async def watch(self, epoch: str, version: int, timeout_s: float) -> Membership:
         """The membership, as soon as it is not the known one; after `timeout_s` in any case."""
         await self.begin()
-        known = (epoch, version)
-        async with self._changed:
-            differs = self._changed.wait_for(
-                lambda: known != (self._membership.epoch, self._membership.version)
-            )
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(differs, min(timeout_s, _LONGEST_POLL_S))
-        return self._membership
+        return await self._board.watch(epoch, version, min(timeout_s, _LONGEST_POLL_S))
 
     async def status(self) -> FleetStatus:
         """Every replica, with pulses taken now; a replica too busy to answer shows its last one."""
@@ -89,7 +80,7 @@ class Controller:
         await asyncio.gather(*(self._take_pulse(slot) for slot in self._slots.values()))
         now_s = time.monotonic()
         rows = [slot.row(now_s) for _, slot in sorted(self._slots.items())] + self._external.rows()
-        membership = self._membership
+        membership = self._board.current
         return FleetStatus(
             self._config.fleet.name, membership.epoch, membership.version, tuple(rows), self._is_surveyed
         )
@@ -247,21 +238,10 @@ class Controller:
                 slot.state = ReplicaState.STARTING
 
     def _publish(self) -> None:
-        """A new version when the members changed; long polls return."""
-        replicas: list[Replica] = [
+        replicas = [
             replica for _, slot in sorted(self._slots.items()) if (replica := slot.replica) is not None
         ]
-        members = (*replicas, *self._external.replicas())
-        if members == self._membership.replicas:
-            return
-        self._membership = Membership(self._membership.version + 1, members, self._membership.epoch)
-        announcing = asyncio.ensure_future(self._announce())
-        self._announcing.add(announcing)
-        announcing.add_done_callback(self._announcing.discard)
-
-    async def _announce(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        self._board.publish((*replicas, *self._external.replicas()))
 
 
 def create(config: Config, internal_token: str, host: str | None) -> Any:

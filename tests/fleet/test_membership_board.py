@@ -1,0 +1,51 @@
+"""Versions and those who wait for them."""
+
+import asyncio
+
+from headrace.fleet.membership_board import MembershipBoard
+from headrace_router.types import BootId, Endpoints, Replica, ReplicaId, Role
+
+
+def replica(name: str, boot: str = "b") -> Replica:
+    return Replica(ReplicaId(name), BootId(boot), "m", Role.UNIFIED, Endpoints("http://127.0.0.1:1"))
+
+
+async def test_whoever_knows_nothing_is_answered_at_once() -> None:
+    board = MembershipBoard()
+    assert (await board.watch("", -1, 60)).version == 0
+
+
+async def test_whoever_knows_it_all_waits_for_the_next_version() -> None:
+    board = MembershipBoard()
+    known = board.current
+    waiting = [asyncio.create_task(board.watch(known.epoch, known.version, 60)) for _ in range(3)]
+    await asyncio.sleep(0)
+    board.publish([replica("a")])
+    assert [membership.version for membership in await asyncio.gather(*waiting)] == [1, 1, 1]
+
+
+async def test_a_poll_without_news_ends_with_what_was_known() -> None:
+    board = MembershipBoard()
+    known = board.current
+    assert await board.watch(known.epoch, known.version, 0.001) is known
+
+
+async def test_a_version_missed_between_two_polls_is_not_lost() -> None:
+    board = MembershipBoard()
+    known = board.current
+    board.publish([replica("a")])
+    board.publish([replica("a"), replica("b")])
+    assert (await board.watch(known.epoch, known.version, 60)).version == 2
+
+
+async def test_the_same_members_are_no_news_but_another_boot_is() -> None:
+    board = MembershipBoard()
+    board.publish([replica("a")])
+    board.publish([replica("a")])
+    assert board.current.version == 1
+    board.publish([replica("a", boot="c")])
+    assert board.current.version == 2
+
+
+async def test_another_board_is_another_epoch() -> None:
+    assert MembershipBoard().current.epoch != MembershipBoard().current.epoch
