@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numba
+import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -42,7 +43,7 @@ def warm() -> Warmth:
     Call it once before the first request. The calls are real ones on small data, so they load exactly the
     signatures that production uses; a test holds that no later call adds one.
     """
-    from headrace_kernels import block_hash, prefix_kernel
+    from headrace_kernels import block_hash, counted_map, prefix_kernel
     from headrace_kernels.prefix_table import PrefixTable
 
     started_s = time.perf_counter()
@@ -55,9 +56,14 @@ def warm() -> Warmth:
     table.remove(0, hashes[1:])
     table.clear(0)
     table.sweep()
+    copies = counted_map.CountedMap()
+    copies.add(np.arange(64, dtype=np.uint64), np.arange(64, dtype=np.uint64))
+    copies.drop(hashes)
+    copies.get(1)
+    copies.check_integrity()
     misses = sum(
         sum(kernel.stats.cache_misses.values()) if kernel.stats.cache_path else len(kernel.signatures)
-        for module in (block_hash, prefix_kernel)
+        for module in (block_hash, counted_map, prefix_kernel)
         for kernel in entry_points(module)
     )
     return Warmth(time.perf_counter() - started_s, misses == 0)

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 
 import headrace_kernels
-from headrace_kernels import block_hash, prefix_kernel
+from headrace_kernels import block_hash, counted_map, prefix_kernel
 from headrace_kernels.compilation import entry_points, warm
 from headrace_kernels.prefix_table import PrefixTable
 
 
 def test_after_warming_no_call_compiles_anything() -> None:
     warm()
-    kernels = [kernel for module in (block_hash, prefix_kernel) for kernel in entry_points(module)]
+    kernels = [
+        kernel for module in (block_hash, counted_map, prefix_kernel) for kernel in entry_points(module)
+    ]
     before = [len(kernel.signatures) for kernel in kernels]
     assert all(before), "a kernel that Python calls is not warmed"
     frozen = np.frombuffer(bytes(64), np.uint32)
@@ -32,6 +34,10 @@ def test_after_warming_no_call_compiles_anything() -> None:
         table.remove(0, hashes)
         table.clear(0)
         table.sweep()
+        copies = counted_map.CountedMap()
+        copies.add(hashes, hashes)
+        copies.get(3)
+        copies.drop(hashes)
     block_hash.hash_chunks(memoryview(b"abcdefghij")[1:], 4, 0)
     assert [len(kernel.signatures) for kernel in kernels] == before
 
