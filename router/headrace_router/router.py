@@ -70,6 +70,11 @@ class Router:
         view = self._views.get(model)
         return [] if view is None else list(view.loads)
 
+    def first_eligible(self, model: str) -> ReplicaLoad | None:
+        """One replica that may take a new request, as a sample of its pool."""
+        view = self._views.get(model)
+        return view.loads[0] if view is not None and view.loads else None
+
     def choose(self, request: Request, now_s: float | None = None) -> Choice | None:
         """Choose a replica and book the request on it. None when no replica of the model is eligible."""
         view = self._views.get(request.model)
@@ -161,6 +166,9 @@ class Router:
         Returns the newly suspended ones. Replicas that never report (external servers) are never silent.
         """
         self._now_s = now_s
+        for source in (self.index, self.texts):
+            if source is not None:
+                source.tick(now_s)
         silent = []
         for load in self.loads.all():
             if load.suspended is not None:
