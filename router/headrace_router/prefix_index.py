@@ -300,13 +300,13 @@ class PrefixIndex:
                     count = table.longest_prefix(blocks[at : at + 1])[replica.slot]
                     assert count == 1, f"{name}: block {int(blocks[at])} on {medium} is not in the table"
         for tables in self._tables.values():
-            for table in (tables.gpu, tables.slow):
-                if table is not None:
-                    while not table.sweep():
+            for tier in (tables.gpu, tables.slow):
+                if tier is not None:
+                    while not tier.sweep():
                         pass
-                    known = in_table.get(id(table), [])
+                    known = in_table.get(id(tier), [])
                     distinct = np.unique(np.concatenate(known)).size if known else 0
-                    assert table.num_blocks == distinct, f"{table.num_blocks} in a table, {distinct} held"
+                    assert tier.num_blocks == distinct, f"{tier.num_blocks} in a table, {distinct} held"
         assert held == self._held <= self.max_blocks, f"{held} blocks held, {self._held} counted"
         slots = [replica.slot for replica in self._replicas.values()]
         assert len(slots) == len(set(slots)), f"slots {slots}"
