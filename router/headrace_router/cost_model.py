@@ -3,12 +3,15 @@
     duration = step + prefill_token · p + decode_sequence · d + context_token · c
 
 Recursive least squares of the relative error, one observation at a time, in units of the prior (so that every
-constant starts at 1). Three departures from the textbook, each for a failure it otherwise has:
+constant starts at 1). Four departures from the textbook, each for a failure it otherwise has:
 
 - The innovation is clipped at `CLIP` times the running error (Huber, 1964) and the clipped observation counts for
   less: one step that stalled for ten seconds moves nothing for long.
 - Forgetting happens only in the direction of the observation (after Kulhavý, 1987): an hour of decoding does not make
   the filter forget what a prompt costs, which plain forgetting would (covariance wind-up).
+- The first steps, and any that are all off to the same side, first settle the scale: the constants are multiplied by
+  the median of how far the predictions were off, and learning starts anew from there. So a prior that is off by twenty
+  times, or a machine that has been throttled, costs `RUN` steps.
 - What is read is bounded: no rate is ever zero or infinite, whatever was observed.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isfinite
+from statistics import median
 from typing import NamedTuple
 
 from headrace_router.types import Iteration
@@ -24,8 +28,9 @@ CLIP = 2.5
 FORGETTING = 0.02  # memory of about 50 steps of one kind
 ERROR_MEMORY = 0.1
 SMALLEST_ERROR = 0.01  # relative
-PRIOR_VARIANCE = 100.0  # the prior may be off by ten times and more
+PRIOR_VARIANCE = 100.0  # in squares of the prior: one constant may be off by far more than another
 CONTEXT_UNIT_S = 1e-8  # unit of the context constant where the prior has none
+RUN = 5  # steps that settle the scale; two of them may be stalls
 FASTEST_TOKEN_S = 1e-7
 SLOWEST_TOKEN_S = 1.0
 LONGEST_STEP_S = 600.0
@@ -47,7 +52,18 @@ DEFAULT_PRIOR = TimingPrior()
 class CostModel:
     """One replica's constants. Mutable: `observe` learns; reading never fails and never mutates."""
 
-    __slots__ = ("_covariance", "_error", "_pace", "_theta", "_units", "batch_tokens", "observed")
+    __slots__ = (
+        "_covariance",
+        "_error",
+        "_is_scaled",
+        "_pace",
+        "_run",
+        "_run_sign",
+        "_theta",
+        "_units",
+        "batch_tokens",
+        "observed",
+    )
 
     def __init__(self, prior: TimingPrior = DEFAULT_PRIOR) -> None:
         self._units = (
@@ -62,10 +78,10 @@ class CostModel:
             prior.decode_sequence_s / self._units[2],
             prior.context_token_s / self._units[3],
         ]
-        self._covariance = [
-            [PRIOR_VARIANCE if row == column else 0.0 for column in range(4)] for row in range(4)
-        ]
-        self._error = 1.0  # running relative error: at first, none of it is believed
+        self._restart()
+        self._run: list[tuple[float, int, int, int]] = []  # steps off to the same side, one after the other
+        self._run_sign = 0
+        self._is_scaled = False
         self.batch_tokens = max(1, prior.batch_tokens)
         self.observed = 0
         self._pace = self._paced()
@@ -80,11 +96,47 @@ class CostModel:
                 or step.prefill_tokens + step.decode_sequences == 0
             ):
                 continue
-            self._learn(duration_s, step.prefill_tokens, step.decode_sequences, step.context_tokens)
+            self._take(duration_s, step.prefill_tokens, step.decode_sequences, step.context_tokens)
 
-    def _learn(self, duration_s: float, prefill_tokens: int, sequences: int, context_tokens: int) -> None:
+    def _restart(self) -> None:
+        self._covariance = [
+            [PRIOR_VARIANCE if row == column else 0.0 for column in range(4)] for row in range(4)
+        ]
+        self._error = 1.0  # running relative error: at first, nothing is believed
+
+    def _take(self, duration_s: float, prefill_tokens: int, sequences: int, context_tokens: int) -> None:
         self.observed += 1
         self.batch_tokens = max(self.batch_tokens, prefill_tokens)
+        step = (duration_s, prefill_tokens, sequences, context_tokens)
+        if self._is_scaled:
+            sign = self._learn(*step)
+            if sign == 0 or sign != self._run_sign:
+                self._run.clear()
+                self._run_sign = sign
+            if sign == 0:
+                return
+        self._run.append(step)
+        if len(self._run) == RUN or not self._is_scaled:
+            self._rescale()
+
+    def _rescale(self) -> None:
+        """Multiply all constants by how far the predictions for the run were off, then learn from it. Before the first
+        run is complete it is only the scale that is set, provisionally."""
+        scale = median(step[0] / self.duration_s(*step[1:]) for step in self._run)
+        if not all(1e-13 < unit * scale < 1e3 for unit in self._units):
+            scale = 1.0  # no engine is like that
+        u0, u1, u2, u3 = self._units
+        self._units = (u0 * scale, u1 * scale, u2 * scale, u3 * scale)
+        if len(self._run) == RUN:
+            self._is_scaled = True
+            self._restart()
+            run, self._run, self._run_sign = self._run, [], 0
+            for step in run:
+                self._learn(*step)
+        self._pace = self._paced()
+
+    def _learn(self, duration_s: float, prefill_tokens: int, sequences: int, context_tokens: int) -> int:
+        """One step of the filter. 1 or -1 when the step took far more or far less than predicted, else 0."""
         u0, u1, u2, u3 = self._units
         t0, t1, t2, t3 = self._theta
         x0, x1, x2, x3 = u0, u1 * prefill_tokens, u2 * sequences, u3 * context_tokens
@@ -110,8 +162,9 @@ class CostModel:
         gain = clipped / (spread + noise)
         self._theta = [t0 + gain * p0, t1 + gain * p1, t2 + gain * p2, t3 + gain * p3]
         self._pace = self._paced()
+        sign = 0 if clipped == error else 1 if error > 0 else -1
         if spread <= 0.0:
-            return
+            return sign
         shrink = 1.0 / (spread + noise) - (FORGETTING / spread if spread < PRIOR_VARIANCE else 0.0)
         self._covariance = [
             [row[0] - s * p0, row[1] - s * p1, row[2] - s * p2, row[3] - s * p3]
@@ -122,6 +175,7 @@ class CostModel:
                 (row3, shrink * p3),
             )
         ]
+        return sign
 
     def _paced(self) -> tuple[float, float, float]:
         """Seconds per prefill token: alone, more per decoding sequence, more per context token."""
