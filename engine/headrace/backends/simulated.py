@@ -21,6 +21,7 @@ from headrace.backends.kv_event_publisher import KvEventPublisher
 from headrace.backends.load_publisher import LoadPublisher
 from headrace.backends.simulated_api import SimulatedApi
 from headrace.backends.simulated_loop import SimulatedLoop
+from headrace.backends.simulated_report import engine_report
 from headrace.backends.simulated_sequence import Step
 from headrace.config import SimulatedEngine as Settings
 from headrace.errors import ReplicaUnhealthy, StartError
@@ -113,20 +114,13 @@ class SimulatedBackend:
         await self._load.stop()
 
     def _report(self, step: Step | None) -> None:
-        engine = self._loop.engine
+        iterations = (step.iteration,) if step else ()
         self._load.publish(
-            LoadReport(
-                replica_id=self._replica_id,
-                boot_id=self._boot_id,
-                sequence=0,  # the publisher's to give
-                running=engine.running,
-                waiting=engine.waiting,
-                kv_use=engine.kv_use,
-                backlog_tokens=engine.backlog_tokens,
-                prompt_tokens_total=engine.prompt_tokens_total,
-                cached_tokens_total=engine.cached_tokens_total,
-                generation_tokens_total=engine.generation_tokens_total,
-                preemptions_total=engine.preemptions_total,
-                iterations=(step.iteration,) if step else (),
+            engine_report(
+                self._loop.engine,
+                self._loop.in_flight,
+                self._replica_id,
+                self._boot_id,
+                iterations=iterations,
             )
         )

@@ -18,11 +18,37 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Items
+from math import inf
+from typing import NamedTuple
 
 from headrace.backends.simulated_cache import CacheEvent, SimulatedCache
 from headrace.backends.simulated_sequence import Sequence, Step
 from headrace.backends.timing_model import TimingModel
 from headrace.config import SimulatedEngine as Settings
+
+
+class _Leap(NamedTuple):
+    rounds: int
+    duration_s: float
+    context_tokens: int
+
+
+def _fewest_rounds(first_s: float, growth_s: float, horizon_s: float, most: int) -> int:
+    """The fewest rounds, 1 to `most`, that take at least `horizon_s` when each takes `growth_s` longer."""
+
+    def duration_s(rounds: int) -> float:
+        return rounds * first_s + growth_s * (rounds * (rounds - 1) // 2)
+
+    if duration_s(most - 1) < horizon_s:
+        return most
+    low, high = 1, most - 1
+    while low < high:
+        middle = (low + high) // 2
+        if duration_s(middle) >= horizon_s:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 class SimulatedEngine:
@@ -112,12 +138,12 @@ class SimulatedEngine:
 
         A simulator that knows that nothing will arrive for `horizon_s` passes it: while all sequences only
         decode, the step then stands for all the iterations that begin within it (`rounds`), at the cost of
-        one.
+        one. `leap_s` tells how far that can go.
         """
         if not self._sequences:
             return None
-        if horizon_s > 0 and not self.backlog_tokens and (leap := self._leap(horizon_s)) is not None:
-            return leap
+        if horizon_s > 0 and (leap := self._plan_leap(horizon_s)) is not None:
+            return self._leap(leap)
         emitted: list[str] = []
         finished: list[str] = []
         admitted: dict[str, int] = {}
@@ -174,6 +200,15 @@ class SimulatedEngine:
             events,
         )
 
+    def leap_s(self) -> float:
+        """How long nothing but decoding will happen: until a sequence ends or needs a block. 0: not at all now.
+
+        Does not mutate, so a simulator can wait for that moment, or for an arrival before it, and then `step`
+        with a horizon of the time that has passed.
+        """
+        leap = self._plan_leap(inf)
+        return 0.0 if leap is None else leap.duration_s
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, queues and booked tokens all add up."""
         self.cache.check_integrity(sequence.blocks for sequence in self._sequences.values())
@@ -188,24 +223,36 @@ class SimulatedEngine:
             assert len(sequence.blocks) == -(-sequence.computed // self._block_size)
         assert not any(sequence.blocks for sequence in self._waiting.values())
 
-    def _leap(self, horizon_s: float) -> Step | None:
-        """Several iterations in one, while every sequence decodes. None when one needs a block."""
+    def _plan_leap(self, horizon_s: float) -> _Leap | None:
+        """Several iterations in one, while every sequence decodes. None when one prefills or needs a block, or
+        when the queue's head may be admitted."""
         running = self._running
-        if len(running) > self.settings.max_batched_tokens:
+        num_running = len(running)
+        if not 0 < num_running <= self.settings.max_batched_tokens:
             return None
+        if self._waiting and num_running < self.settings.max_running:
+            head = next(iter(self._waiting.values()))
+            if self._blocked != (head, self._releases):
+                return None
         most, context_tokens = self._block_size, 0
         for sequence in running:
+            if sequence.backlog:
+                return None
             room = len(sequence.blocks) * self._block_size - sequence.computed
             most = min(most, room, sequence.end_tokens - sequence.known_tokens)
             context_tokens += sequence.computed
         if most < 1:
             return None
-        duration_s, rounds, total_context = 0.0, 0, 0
-        while rounds < most and duration_s < horizon_s:
-            duration_s += self.timing.duration_s(0, len(running), context_tokens)
-            total_context += context_tokens
-            context_tokens += len(running)
-            rounds += 1
+        # Each round attends to one token more per sequence: k rounds take k·first + growth·k(k-1)/2.
+        first_s = self.timing.duration_s(0, num_running, context_tokens)
+        growth_s = self.timing.context_token_s * num_running
+        rounds = _fewest_rounds(first_s, growth_s, horizon_s, most)
+        duration_s = rounds * first_s + growth_s * (rounds * (rounds - 1) // 2)
+        total_context = rounds * context_tokens + num_running * (rounds * (rounds - 1) // 2)
+        return _Leap(rounds, duration_s, total_context)
+
+    def _leap(self, leap: _Leap) -> Step:
+        running, rounds = self._running, leap.rounds
         finished = []
         for sequence in running:
             self._compute(sequence, rounds)
@@ -216,7 +263,9 @@ class SimulatedEngine:
         self._finish(finished)
         self.generation_tokens_total += len(emitted) * rounds
         events = self.cache.take_events()
-        return Step(duration_s, 0, len(running), total_context, emitted, finished, {}, [], events, rounds)
+        return Step(
+            leap.duration_s, 0, len(emitted), leap.context_tokens, emitted, finished, {}, [], events, rounds
+        )
 
     def _count_hits(self, sequence: Sequence) -> int:
         # At least one token must be computed to produce the next, so a fully resident prompt loses its last

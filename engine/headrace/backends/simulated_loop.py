@@ -68,6 +68,7 @@ class SimulatedLoop:
     ) -> None:
         """`on_change` is called after each step, and with None after each arrival and abort."""
         self.engine = SimulatedEngine(settings)
+        self.in_flight: Step | None = None  # the step whose time is passing
         self._on_change = on_change
         self._on_kv_events = on_kv_events
         self._generations: dict[str, Generation] = {}
@@ -131,7 +132,9 @@ class SimulatedLoop:
                 # Translated now: an abort during the sleep would take the request's tokens away.
                 kv_events = self._translate(step.events)
                 end_s = max(end_s, clock() - CATCH_UP_S) + step.duration_s
+                self.in_flight = step
                 await asyncio.sleep(max(0.0, end_s - clock()))
+                self.in_flight = None
                 self._deliver(step)
                 self._on_kv_events(kv_events)
                 self._on_change(step)

@@ -37,8 +37,11 @@ class TimingModel:
         )
 
 
-def fit_timing(iterations: Sequence[Iteration]) -> TimingModel:
+def fit_timing(iterations: Sequence[Iteration], *, relative: bool = False) -> TimingModel:
     """The non-negative constants that explain `iterations` best, by least squares.
+
+    Of the errors in seconds, or `relative` to each step's duration: then a decode step of 10 ms counts as much
+    as a prefill of 1 s, whose noise would drown it. Steps without a duration are left out of a relative fit.
 
     With four unknowns the exact non-negative solution is the best of the plain solutions over the 16
     subsets of them that come out non-negative, so no solver is needed. A constant that the steps do not
@@ -46,6 +49,8 @@ def fit_timing(iterations: Sequence[Iteration]) -> TimingModel:
 
     Raises ValueError for fewer than 8 iterations.
     """
+    if relative:
+        iterations = [it for it in iterations if it.duration_s > 0]
     if len(iterations) < FEWEST_ITERATIONS:
         raise ValueError(
             f"{len(iterations)} iterations are too few to fit, at least {FEWEST_ITERATIONS} needed"
@@ -55,6 +60,9 @@ def fit_timing(iterations: Sequence[Iteration]) -> TimingModel:
         dtype=np.float64,
     )
     durations_s = np.array([it.duration_s for it in iterations], dtype=np.float64)
+    if relative:
+        rows /= durations_s[:, np.newaxis]
+        durations_s = np.ones_like(durations_s)
     # Columns of 1, 1e3 and 1e6 side by side cost digits; equal scales keep the subsets comparable.
     scale = np.abs(rows).max(axis=0)
     rows /= np.where(scale > 0, scale, 1.0)
