@@ -50,18 +50,18 @@ class Delay:
         if hits is None:
             for load in loads:
                 wait_s = load.wait_s
-                missing = load.backlog_tokens + tokens - load.free_tokens
+                missing = load.backlog_tokens + (tokens - load.free_tokens)
                 if missing > 0 and (room_s := missing * load.memory_token_s) > wait_s:
                     wait_s = room_s
-                costs.append(wait_s + tokens * load.token_s * (1 + IMPOSED * load.requests))
+                costs.append(wait_s + tokens * (load.token_s * (1 + IMPOSED * load.requests)))
         else:
             work = _work(tokens, hits, view)
             for load, uncached in zip(loads, work, strict=True):
                 wait_s = load.wait_s
-                missing = load.backlog_tokens + tokens - load.free_tokens
+                missing = load.backlog_tokens + (tokens - load.free_tokens)
                 if missing > 0 and (room_s := missing * load.memory_token_s) > wait_s:
                     wait_s = room_s
-                costs.append(wait_s + uncached * load.token_s * (1 + IMPOSED * load.requests))
+                costs.append(wait_s + uncached * (load.token_s * (1 + IMPOSED * load.requests)))
         return self._decide(view, costs, hits)
 
     def _decide(self, view: View, costs: list[float], hits: list[int] | None) -> Decision:
@@ -113,7 +113,7 @@ class Delay:
         else:
             at = int(near[0])
         hit = 0 if hits is None else int(hits[at])
-        reason = LOAD if not longest else HIT if hit == longest else BUSY
+        reason = ONLY if len(loads) == 1 else LOAD if not longest else HIT if hit == longest else BUSY
         return Decision(loads[at], reason, hit, float(costs[at]), loads, costs, hits)
 
 
