@@ -40,6 +40,9 @@ COMMANDS: Mapping[str, Command] = {
     "route": Command(
         "headrace.gateway.route_command", "run the gateway alone, before servers that already run"
     ),
+    "explain": Command(
+        "headrace.explain_command", "show the gateway's last routing decisions and their reasons"
+    ),
     "config": Command("headrace.config_command", "check a configuration, print its JSON schema"),
 }
 

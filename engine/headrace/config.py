@@ -149,7 +149,7 @@ class Gateway(Tree):
         "sticky_until_saturated",
         "kv_blend",
         "block_cost",
-    ] = "least_loaded"
+    ] = "delay"
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     retries: int = Field(

@@ -69,6 +69,7 @@ class ReplicaLoad:
         "reported_at_s",
         "requests",
         "residence_s",
+        "room_tokens",
         "running",
         "slot",
         "suspended",
@@ -102,6 +103,7 @@ class ReplicaLoad:
         self.token_s = self.cost_model.seconds_per_token()  # seconds per token of prefill, now
         self.wait_s = 0.0  # until the backlog is prefilled
         self.free_tokens = UNKNOWN_TOKENS  # that the KV cache can take before somebody must end
+        self.room_tokens = UNKNOWN_TOKENS  # of the free ones, what the backlog leaves
         self.held_tokens = 0.0  # in the KV cache by requests that run
         self.memory_token_s = 0.0  # seconds until one more token of KV cache comes free
         self._columns: LoadColumns | None = None
@@ -115,7 +117,7 @@ class ReplicaLoad:
         Requests hold `held_tokens` and stay `residence_s`; in a steady flow they give back held / residence tokens
         per second (Little's law).
         """
-        missing = self.backlog_tokens + prompt_tokens - self.free_tokens
+        missing = prompt_tokens - self.room_tokens
         return missing * self.memory_token_s if missing > 0 else 0.0
 
     # --- write path, for LoadTable
@@ -134,6 +136,7 @@ class ReplicaLoad:
         self.unreported_tokens += booking.uncached_tokens
         # What `refresh` would do: the pace of prefill does not depend on what only waits.
         backlog = self.backlog_tokens = self.backlog_tokens + booking.uncached_tokens
+        self.room_tokens = self.free_tokens - backlog
         self.wait_s = backlog * self.token_s
         reported = self.running + self.waiting + self.unreported
         self.requests = self.booked if self.booked > reported else reported
@@ -196,6 +199,7 @@ class ReplicaLoad:
             held = self.held_tokens = self.kv_use * capacity
             self.free_tokens = capacity - held
             self.memory_token_s = self.residence_s / max(held, 1.0)
+        self.room_tokens = self.free_tokens - backlog
         running = self.running if report is not None else booked - self.unreported
         token_s = self.token_s = self.cost_model.seconds_per_token(running, self.held_tokens)
         self.wait_s = backlog * token_s
@@ -210,9 +214,8 @@ class ReplicaLoad:
                 self.wait_s,
                 self.token_s,
                 self.requests,
-                self.free_tokens,
+                self.room_tokens,
                 self.memory_token_s,
-                self.backlog_tokens,
             ),
         )
 

@@ -16,11 +16,10 @@ from headrace_router.load_columns import LoadColumns
 from headrace_router.replica_load import ReplicaLoad
 from headrace_router.types import Request
 
-NO_HITS: tuple[int, ...] = ()
-
 
 class Hits(NamedTuple):
-    """Leading tokens of the prompt that replicas hold, by `ReplicaLoad.slot`, cheap ones of a CPU tier included."""
+    """Leading tokens of the prompt that replicas hold, by `ReplicaLoad.slot`, those of a CPU tier included; at most the
+    prompt less one, which is computed in any case."""
 
     tokens: NDArray[np.int32]
     slow_tokens: NDArray[np.int32] | None = None  # of those, in the CPU tier: to be loaded, not computed
@@ -43,13 +42,19 @@ class View:
         self.columns = columns  # the same loads as arrays, where the fleet is large; else None
         self.hits = hits  # None: nothing is known of the prompt, load decides
         self.now_s = now_s
-        self.slots: NDArray[np.intp] | None = None  # of `loads`, made when first needed
+        self.slots: NDArray[np.intp] | slice | None = None  # of `loads`, made when first needed
 
-    def candidate_slots(self) -> NDArray[np.intp]:
-        """The slot of each of `loads`."""
+    def candidate_slots(self) -> NDArray[np.intp] | slice:
+        """What picks each of `loads` out of an array by slot."""
         slots = self.slots
         if slots is None:
-            slots = self.slots = np.array([load.slot for load in self.loads], np.intp)
+            numbers = [load.slot for load in self.loads]
+            first = numbers[0]
+            if numbers == list(range(first, first + len(numbers))):
+                slots = slice(first, first + len(numbers))  # the usual case: no copy
+            else:
+                slots = np.array(numbers, np.intp)
+            self.slots = slots
         return slots
 
     def hit_tokens(self) -> list[int] | None:

@@ -98,8 +98,9 @@ def test_a_value_out_of_bounds_is_named_with_its_key_and_bound(gateway: dict[str
 def test_a_misspelt_choice_is_answered_with_the_choices_and_the_nearest() -> None:
     said = problems({"models": [MODEL], "gateway": {"policy": "least_load"}})
     assert said == [
-        "gateway.policy is 'least_load'; it must be 'round_robin', 'random', 'least_loaded' or 'power_of_two' "
-        "(did you mean 'least_loaded'?)"
+        "gateway.policy is 'least_load'; it must be 'delay', 'round_robin', 'random', 'least_loaded', "
+        "'power_of_two', 'session_affinity', 'prefix_affinity', 'sticky_until_saturated', 'kv_blend' or "
+        "'block_cost' (did you mean 'least_loaded'?)"
     ]
 
 

@@ -29,7 +29,7 @@ class Step(NamedTuple):
         return Iteration(
             self.duration_s / self.rounds,
             self.prefill_tokens,
-            len(self.emitted),
+            self.decode_sequences,
             self.context_tokens // self.rounds,
         )
 

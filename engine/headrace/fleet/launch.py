@@ -43,7 +43,14 @@ class Launch:
         self._address = address
         self._membership = ControllerMembership()
         self._gateway = GatewayServer(
-            self._config.gateway, self._membership, dead_after_s=self._config.fleet.dead_after_s
+            self._config.gateway,
+            self._membership,
+            dead_after_s=self._config.fleet.dead_after_s,
+            tokenizers={
+                model.name: (model.source, model.pools[0].engine)
+                for model in self._config.models
+                if model.backend == "vllm"
+            },
         )
         self._connecting: asyncio.Task[cluster.Connection] | None = None
         self._controller: Any = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from ipaddress import ip_address
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,6 +21,10 @@ def build_app(context: GatewayContext) -> FastAPI:
     app = FastAPI(title="Headrace", openapi_url=None, docs_url=None, redoc_url=None)
     registry = CollectorRegistry()
     registry.register(context.metrics)
+    if context.prefixes is not None:
+        from headrace.gateway.prefix_metrics import PrefixMetrics
+
+        registry.register(PrefixMetrics(context.prefixes))
     started = int(time.time())
 
     @app.get("/health")
@@ -51,6 +56,13 @@ def build_app(context: GatewayContext) -> FastAPI:
         if model not in _ready_models(context):
             raise HTTPException(404, f"The model `{model}` does not exist.")
         return _card(context, model, started)
+
+    @app.get("/headrace/decisions")
+    async def decisions(request: Request, last: int = 10) -> dict[str, Any]:
+        """What `headrace explain` shows; only for this machine, since it names replicas and their loads."""
+        if request.client is None or not ip_address(request.client.host).is_loopback:
+            raise HTTPException(404)
+        return {"policy": context.router.policy.name, "decisions": context.decisions.latest(last)}
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from headrace.config import Gateway
 from headrace.gateway.access_log import AccessLog
+from headrace.gateway.decisions import DecisionLog
 from headrace.gateway.metrics import GatewayMetrics
 from headrace.gateway.upstream import Target, UpstreamPool
 from headrace_router.router import Router
 from headrace_router.types import Membership, Replica, ReplicaId
 
 if TYPE_CHECKING:
+    from headrace.gateway.prefixes import Prefixes
     from headrace.gateway.relay import Exchange
 
 
@@ -33,11 +35,13 @@ class GatewayContext:
         router: Router,
         loop: asyncio.AbstractEventLoop,
         *,
+        prefixes: Prefixes | None = None,
         authorization: bytes | None = None,
         dead_after_s: float = 0.8,
         access_log: AccessLog | None = None,
     ) -> None:
-        """`authorization`: the header value that replicas of our own fleet ask for, instead of the client's."""
+        """`prefixes`: for policies that want to know them. `authorization`: the header value that replicas of our own
+        fleet ask for, instead of the client's."""
         self.config = config
         self.timeouts = config.timeouts
         self.idle_s = config.timeouts.idle_s
@@ -45,8 +49,10 @@ class GatewayContext:
         self.router = router
         self.loop = loop
         self.pool = UpstreamPool(loop, monotonic)
+        self.prefixes = prefixes
         self.metrics = GatewayMetrics(router)
         self.access_log = access_log
+        self.decisions = DecisionLog()
         self.active: set[Exchange] = set()
         self.targets: dict[ReplicaId, Target] = {}
         self.membership = Membership(0, ())
@@ -63,6 +69,8 @@ class GatewayContext:
         self.targets = {
             replica.id: self._target(replica, self.targets.get(replica.id)) for replica in membership.replicas
         }
+        if self.prefixes is not None:
+            self.prefixes.follow(membership)
         self.pool.expire({target.key for target in self.targets.values()})
         for exchange in list(self.active):
             booking = exchange.booking

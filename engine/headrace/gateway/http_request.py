@@ -8,7 +8,7 @@ from typing import NamedTuple
 Header = tuple[bytes, bytes]
 
 # Never forwarded as they are: they describe one connection (RFC 9110, 7.6.1), or are written anew for the replica.
-_FORWARD, _DROP, _AUTHORIZATION, _REQUEST_ID, _LENGTH, _TYPE, _EXPECT = range(7)
+_FORWARD, _DROP, _AUTHORIZATION, _REQUEST_ID, _LENGTH, _TYPE, _EXPECT, _EXPLAIN = range(8)
 _MEANINGS = {
     **dict.fromkeys(
         b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade "
@@ -20,6 +20,7 @@ _MEANINGS = {
     b"content-length": _LENGTH,
     b"content-type": _TYPE,
     b"expect": _EXPECT,
+    b"x-headrace-explain": _EXPLAIN,
 }
 
 
@@ -32,13 +33,14 @@ class RequestHead(NamedTuple):
     content_length: int | None
     is_form: bool  # multipart, as audio comes
     expects_continue: bool
+    explain: bool  # the client wants to see the decision in the answer's headers
 
 
 def read_head(headers: Iterable[Header]) -> RequestHead:
     """Sort the headers of a request. Names are lower case; the parser has checked their form."""
     fields: list[bytes] = []
     authorization = request_id = content_length = None
-    is_form = expects_continue = False
+    is_form = expects_continue = explain = False
     for name, value in headers:
         meaning = _MEANINGS.get(name, _FORWARD)
         if meaning == _FORWARD:
@@ -54,4 +56,8 @@ def read_head(headers: Iterable[Header]) -> RequestHead:
             content_length = int(value) if value.isdigit() else None
         elif meaning == _EXPECT:
             expects_continue = value.lower() == b"100-continue"
-    return RequestHead(b"".join(fields), authorization, request_id, content_length, is_form, expects_continue)
+        elif meaning == _EXPLAIN:
+            explain = value not in (b"0", b"false")
+    return RequestHead(
+        b"".join(fields), authorization, request_id, content_length, is_form, expects_continue, explain
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,7 +86,7 @@ class KvStream:
         self.replay: zmq.Socket[bytes] | None = None
         self.missing_from: int | None = 0 if self._replay_endpoint else None
         """Where a replay should begin, None when none is needed. The feed says when: `begin_replay`."""
-        self._waiting: list[Frames] = []
+        self._waiting: deque[Frames] = deque()
         self._attempts = 0
         self._asked_from = 0
         self._forgives_gap = False
@@ -97,6 +98,11 @@ class KvStream:
         """Whether a replay is under way."""
         return self.replay is not None
 
+    @property
+    def is_catching_up(self) -> bool:
+        """Whether more is known to have been sent than the index has been told."""
+        return self.replay is not None or self.missing_from is not None or bool(self._waiting)
+
     def close(self) -> None:
         """Both sockets. Safe twice."""
         self.live.close(0)
@@ -105,17 +111,20 @@ class KvStream:
     # --- live
 
     def receive_live(self) -> bool:
-        """Take one message in. False when there is none."""
+        """Take one message in, those that waited for a replay first. False when there is none."""
+        catching_up = self.replay is not None or self.missing_from is not None
+        if self._waiting and not catching_up:
+            self._apply_live(self._waiting.popleft())
+            return True
         try:
             frames = self.live.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return False
         self._counts.messages += 1
-        if self.replay is not None or self.missing_from is not None:
-            if len(self._waiting) < MAX_WAITING:
-                self._waiting.append(frames)
-        else:
+        if not catching_up:
             self._apply_live(frames)
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting.append(frames)
         return True
 
     def _apply_live(self, frames: Frames) -> None:
@@ -208,12 +217,6 @@ class KvStream:
         elif gap is not None:
             self._forgives_gap = True  # nobody answers: the next live message begins anew
         self._attempts = 0
-        waiting, self._waiting = self._waiting, []
-        for at, frames in enumerate(waiting):
-            self._apply_live(frames)
-            if self.missing_from is not None:
-                self._waiting = waiting[at + 1 :]
-                return
 
     def _give_up(self) -> None:
         self._counts.given_up += 1

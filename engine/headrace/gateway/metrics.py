@@ -68,6 +68,7 @@ class ModelMeasures:
         self.completion_tokens = 0
         self.retries = 0
         self.upstream_errors: dict[str, int] = {}
+        self.decisions: dict[str, int] = {}  # reason -> how often
 
     def finish(self, status: int, error_kind: str, duration_s: float, usage: Usage | None) -> None:
         """A request has ended."""
@@ -78,6 +79,9 @@ class ModelMeasures:
             self.prompt_tokens += usage.prompt_tokens
             self.completion_tokens += usage.completion_tokens
             self.cached_tokens += usage.cached_tokens
+
+    def decided(self, reason: str) -> None:
+        self.decisions[reason] = self.decisions.get(reason, 0) + 1
 
     def count_upstream_error(self, kind: str) -> None:
         self.upstream_errors[kind] = self.upstream_errors.get(kind, 0) + 1
@@ -120,6 +124,11 @@ class GatewayMetrics(Collector):
         upstream = CounterMetricFamily(
             "headrace_upstream_errors", "Failures of replicas under a request.", labels=("model", "kind")
         )
+        decisions = CounterMetricFamily(
+            "headrace_decisions",
+            "Routing decisions by the policy's reason.",
+            labels=("model", "policy", "reason"),
+        )
         in_flight = GaugeMetricFamily(
             "headrace_requests_in_flight", "Requests not yet ended.", labels=("model",)
         )
@@ -143,6 +152,8 @@ class GatewayMetrics(Collector):
             retries.add_metric((model,), measures.retries)
             for kind, count in measures.upstream_errors.items():
                 upstream.add_metric((model, kind), count)
+            for reason, count in measures.decisions.items():
+                decisions.add_metric((model, self._router.policy.name, reason), count)
             in_flight.add_metric((model,), measures.in_flight)
             for family, histogram in (
                 (first, measures.time_to_first_token),
@@ -150,7 +161,7 @@ class GatewayMetrics(Collector):
                 (duration, measures.duration),
             ):
                 family.add_metric((model,), buckets=histogram.cumulative(), sum_value=histogram.sum_s)
-        yield from (requests, tokens, retries, upstream, in_flight, first, inter, duration)
+        yield from (requests, tokens, retries, upstream, decisions, in_flight, first, inter, duration)
         yield from self._collect_replicas()
 
     def _collect_replicas(self) -> Iterator[Metric]:

@@ -3,11 +3,12 @@
 A request's life:
  1. a face (protocol or ASGI) hands over method, path, headers and the whole body        `Exchange.start`
  2. the needed fields are read, the model is looked up                                    `_admit`
- 3. the router chooses a replica and books the request on it                              `_dispatch`
- 4. the original bytes go out on a pooled connection, or a new one                        `_send`
- 5. the answer's head comes back: relayed, or tried elsewhere if the replica is ill       `upstream_head`
- 6. bytes flow; a client that does not read pauses the replica, not our memory            `upstream_body`
- 7. however it ends, `_end` runs exactly once: booking released, metrics, access log
+ 3. where the policy wants it, the prompt is read: tokens, or text chunks                 `_read_prompt`
+ 4. the router chooses a replica and books the request on it                              `_dispatch`
+ 5. the original bytes go out on a pooled connection, or a new one                        `_send`
+ 6. the answer's head comes back: relayed, or tried elsewhere if the replica is ill       `upstream_head`
+ 7. bytes flow; a client that does not read pauses the replica, not our memory            `upstream_body`
+ 8. however it ends, `_end` runs exactly once: booking released, metrics, access log
 
 Nothing here blocks; all calls come from one event loop.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from headrace.errors import (
     HeadraceError,
@@ -29,13 +30,21 @@ from headrace.errors import (
     UpstreamTimeout,
 )
 from headrace.gateway import openai
+from headrace.gateway.client import Client
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.decisions import decision_fields
 from headrace.gateway.http_request import RequestHead
 from headrace.gateway.http_response import ResponseHead
 from headrace.gateway.sse import EventRelay
 from headrace.gateway.upstream import Target, UpstreamConnection
 from headrace_router.load_table import Booking
-from headrace_router.types import ReplicaId, Request
+from headrace_router.router import Choice
+from headrace_router.types import Request
+from headrace_router.view import Decision
+
+if TYPE_CHECKING:  # importing it for real would bring numba, which a policy that reads no prompts never needs
+    from headrace.gateway.prefixes import Prefixes
+    from headrace.gateway.prompt_reader import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -43,42 +52,20 @@ log = logging.getLogger(__name__)
 _ILL_STATUSES = frozenset({502, 503})
 
 
-class Client(Protocol):
-    """The side of an exchange that faces the client. Writes are buffered until `flush`; none of them blocks."""
-
-    def send_head(self, status: int, fields: bytes, content_length: int | None) -> None:
-        """`fields`: header lines, each ended by CRLF, without those that frame the body."""
-        ...
-
-    def send_body(self, data: bytes) -> None: ...
-
-    def send_chunk(self, framed: bytes, start: int) -> None:
-        """Send a chunk at once, as it came (payload `framed[start:-2]`). Nothing may be waiting for `flush`."""
-        ...
-
-    def end(self) -> None:
-        """The response is complete and the client may send its next request. Flushes."""
-        ...
-
-    def flush(self) -> None: ...
-
-    def abort(self) -> None:
-        """Cut the connection: the response cannot be completed and must not look complete."""
-        ...
-
-
 class Exchange:
     """One request and its answer."""
 
     # Defaults stand on the class: an exchange only pays for what happens to it.
     request_id = b""
-    reason = ""
     done = False
-    _parsed: openai.Parsed | None = None
+    model: str | None = None
+    decision: Decision | None = None
+    _reading: asyncio.Task[Prompt] | None = None
+    _prompt: Prompt | None = None
+    _request: Request | None = None
     _booking: Booking | None = None
     _connecting: asyncio.Task[None] | None = None
     _connection: UpstreamConnection | None = None
-    _excluded: frozenset[ReplicaId] = frozenset()
     _tries = 0
     _events: EventRelay | None = None
     _hide_usage = False
@@ -110,7 +97,11 @@ class Exchange:
         self._context.active.add(self)
         try:
             self._admit()
-            self._dispatch()
+            prefixes = self._context.prefixes
+            if prefixes is None:
+                self._dispatch()
+            else:
+                self._read_prompt(prefixes)
         except Exception as error:
             self._fail(error)
 
@@ -183,52 +174,80 @@ class Exchange:
             parsed = openai.parse_form(self._body)
         else:
             parsed = openai.parse_body(self._body, context.json_depth)
-        self._parsed = parsed
-        if not context.router.knows(parsed.model):
+        model = self.model = parsed.model
+        if not context.router.knows(model):
             raise ModelNotFound(
-                f"The model `{parsed.model[:256]}` does not exist. Known models: {', '.join(context.router.models())}",
+                f"The model `{model[:256]}` does not exist. Known models: {', '.join(context.router.models())}",
                 param="model",
             )
-        self._measures = context.metrics.of(parsed.model)
+        self._measures = context.metrics.of(model)
         self._measures.in_flight += 1
         if context.draining:
             raise ShuttingDown("the gateway is shutting down; send the request to another one")
-        self._hide_usage = not is_form and parsed.stream is True and openai.asks_usage(self.path, parsed)
-        if self._hide_usage:
-            self._body = openai.with_usage(self._body)
-
-    def _dispatch(self) -> None:
-        """Choose a replica and send. Raises NoReplica when there is none to choose."""
-        assert self._parsed is not None
-        choice = self._context.router.choose(self._request(self._excluded))
-        if choice is None:
-            if self._tries:
-                raise UpstreamFailed(
-                    f"{self._tries} replica(s) of `{self._parsed.model}` failed on this request and no other is ready"
-                )
-            raise NoReplica(
-                f"no replica of `{self._parsed.model}` is ready; try again shortly", retry_after_s=2
-            )
-        self._take(choice.booking, choice.reason)
-
-    def _request(self, excluded: frozenset[ReplicaId]) -> Request:
-        """What the policy may know."""
-        parsed = self._parsed
-        assert parsed is not None
         user, bound = parsed.user, parsed.max_completion_tokens or parsed.max_tokens
-        return Request(
-            parsed.model,
+        self._request = Request(
+            model,
             len(self._body),
             bound if isinstance(bound, int) else None,
             user if isinstance(user, str) else None,
-            excluded,
+        )
+        if parsed.stream is True and not is_form and openai.asks_usage(self.path, parsed):
+            self._hide_usage = True
+
+    def _read_prompt(self, prefixes: Prefixes) -> None:
+        """Find out about the prompt, at once or in a thread, then go on."""
+        assert self.model is not None
+        prompt = prefixes.read(self._context.router, self.model, self.path, self._body)
+        if isinstance(prompt, asyncio.Task):
+            self._reading = prompt
+            prompt.add_done_callback(self._prompt_read)
+        else:
+            self._know(prompt)
+            self._dispatch()
+
+    def _prompt_read(self, reading: asyncio.Task[Prompt]) -> None:
+        self._reading = None
+        if self.done or reading.cancelled():
+            return
+        try:
+            self._know(reading.result())
+            self._dispatch()
+        except Exception as error:
+            self._fail(error)
+
+    def _know(self, prompt: Prompt) -> None:
+        request, prefixes = self._request, self._context.prefixes
+        assert request is not None and prefixes is not None
+        self._prompt = prompt
+        self._request = request._replace(
+            prompt_tokens=prompt.num_tokens,
+            block_hashes=prompt.block_hashes(request.model, prefixes.index.block_sizes(request.model)),
+            chunk_hashes=prompt.chunks,
         )
 
-    def _take(self, booking: Booking, reason: str) -> None:
-        self._booking, self.reason = booking, reason
+    def _dispatch(self) -> None:
+        """Choose a replica and send. Raises NoReplica when there is none to choose."""
+        assert self._request is not None
+        choice = self._context.router.choose(self._request, monotonic())
+        if choice is None:
+            if self._tries:
+                raise UpstreamFailed(
+                    f"{self._tries} replica(s) of `{self.model}` failed on this request and no other is ready"
+                )
+            raise NoReplica(f"no replica of `{self.model}` is ready; try again shortly", retry_after_s=2)
+        self._take(choice)
+
+    def _take(self, choice: Choice) -> None:
+        booking = self._booking = choice.booking
+        self.decision = choice.decision
         self._tries += 1
-        target = self._context.targets[booking.replica.id]
-        connection = self._context.pool.take(target)
+        context = self._context
+        self._measures.decided(choice.decision.reason)
+        context.decisions.add(
+            self.request_id, booking.replica.model, self._tries, self._prompt, choice.decision
+        )
+        target = context.targets[booking.replica.id]
+        connection = context.pool.take(target)
         if connection is not None:
             self._send(connection, target)
         else:
@@ -257,6 +276,7 @@ class Exchange:
         authorization = b""
         if not target.authorized and self._head.authorization is not None:
             authorization = b"authorization: %b\r\n" % self._head.authorization
+        body = openai.with_usage(self._body) if self._hide_usage else self._body
         connection.send(
             self,
             b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
@@ -265,9 +285,9 @@ class Exchange:
                 target.prefix,
                 authorization,
                 self._head.fields,
-                len(self._body),
+                len(body),
                 self.request_id,
-                self._body,
+                body,
             ),
         )
 
@@ -281,14 +301,19 @@ class Exchange:
         if head.is_event_stream:
             self._events = EventRelay(self._hide_usage)
         self._body = b""  # no retry from here on
-        self._client.send_head(
-            head.status, b"%bx-request-id: %b\r\n" % (head.fields, self.request_id), head.content_length
-        )
+        fields = b"%bx-request-id: %b\r\n" % (head.fields, self.request_id)
+        if self._head.explain and self.decision is not None:
+            fields += decision_fields(
+                self._context.router.policy.name, self._prompt and self._prompt.choice, self.decision
+            )
+        self._client.send_head(head.status, fields, head.content_length)
 
     def upstream_body(self, data: bytes) -> None:
         now_s = monotonic()
         if self._first_byte_s == 0.0:
             self._first_byte_s = now_s
+            if self._events is not None and self._booking is not None:
+                self._context.router.answered(self._booking, now_s)
             self._measures.time_to_first_token.observe(now_s - self._started_s)
         elif self._events is not None:
             self._measures.inter_token.observe(now_s - self._last_byte_s)
@@ -345,17 +370,17 @@ class Exchange:
 
     def _try_elsewhere(self) -> bool:
         """Move to a replica not yet tried. False, changing nothing, when there is none or tries are used up."""
-        context = self._context
-        if self._parsed is None or self._booking is None or self._tries > context.config.retries:
+        context, request = self._context, self._request
+        if request is None or self._booking is None or self._tries > context.config.retries:
             return False
-        excluded = self._excluded | {self._booking.replica.id}
-        choice = context.router.choose(self._request(excluded))
+        request = request._replace(excluded=request.excluded | {self._booking.replica.id})
+        choice = context.router.choose(request, monotonic())
         if choice is None:
             return False
-        self._excluded = excluded
+        self._request = request
         self._let_go()
         self._measures.retries += 1
-        self._take(choice.booking, choice.reason)
+        self._take(choice)
         return True
 
     def _lost(self, reason: str, *, suspend: bool = False) -> None:
@@ -400,7 +425,10 @@ class Exchange:
         self._client.end()
 
     def _let_go(self) -> None:
-        """Give back what this exchange holds of a replica: the booking, the connection, a connect under way."""
+        """Give back what this exchange holds: the booking, the connection, what is under way for it."""
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
@@ -408,7 +436,7 @@ class Exchange:
             connection, self._connection = self._connection, None
             connection.abort()
         if self._booking is not None:
-            self._context.router.release(self._booking)
+            self._context.router.release(self._booking, monotonic())
 
     def _end(self, status: int) -> None:
         """The one way out. Runs exactly once."""
@@ -424,11 +452,14 @@ class Exchange:
         if measures is not context.metrics.unknown:
             measures.in_flight -= 1
         measures.finish(status, self._error_kind, now_s - self._started_s, usage)
+        prompt, decision, prefixes = self._prompt, self.decision, context.prefixes
+        if usage is not None and prompt is not None and decision is not None and prefixes is not None:
+            prefixes.settle(decision, prompt, usage)
         if context.access_log is not None:
             context.access_log.write(
                 request_id=self.request_id,
                 path=self.path,
-                model=self._parsed.model if self._parsed is not None else None,
+                model=self.model,
                 status=status,
                 error=self._error_kind or None,
                 replica=self._booking.replica.id if self._booking is not None else None,

@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 import uvloop
 
 from headrace.config import Gateway, node
+from headrace.errors import ConfigError
 from headrace.gateway.server import GatewayServer
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.policies import POLICIES
@@ -28,11 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", required=True, metavar="URL", help="a server; repeat for more"
     )
-    parser.add_argument("--policy", choices=sorted(POLICIES), default="least_loaded")
+    parser.add_argument("--policy", choices=sorted(POLICIES), default=Gateway().policy)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(
         "--model", help="route only this model; also its name when a server has no /v1/models"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder with the model's tokenizer.json, for policies that know prompts by their tokens; "
+        "without it they know them by their text",
     )
     parser.add_argument("--api-key", help="sent to the servers instead of the client's own key")
     parser.add_argument("--no-access-log", action="store_true")
@@ -54,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         },
         at="gateway",
     )
-    server = GatewayServer(config, source)
+    if args.tokenizer is not None and not Path(args.tokenizer, "tokenizer.json").is_file():
+        raise ConfigError(f"--tokenizer {args.tokenizer}: no tokenizer.json there; give the model's folder")
+    server = GatewayServer(
+        config, source, tokenizers={} if args.tokenizer is None else {"*": (args.tokenizer, {})}
+    )
     host, port = server.bind()
     uvloop.run(_serve(server, source, host, port, args.drain_timeout))
     return 0

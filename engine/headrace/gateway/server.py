@@ -7,7 +7,9 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Mapping
 from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.config import Config as UvicornConfig
 from uvicorn.server import ServerState
@@ -21,6 +23,9 @@ from headrace.gateway.feeds import FleetFeed, MembershipSource
 from headrace.gateway.protocol import GatewayProtocol, protocol_factory
 from headrace_router.policies import make_policy
 from headrace_router.router import Router
+
+if TYPE_CHECKING:
+    from headrace.gateway.prefixes import Prefixes
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +43,16 @@ class GatewayServer:
         *,
         internal_token: str | None = None,
         dead_after_s: float = 0.8,
+        tokenizers: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
     ) -> None:
         """`internal_token`: what the fleet's own replicas ask for. `dead_after_s`: silence that ends a replica's
-        place in the view."""
+        place in the view. `tokenizers`: by served name ("*": any other), a model's source and engine arguments;
+        without one a model's prompts are known by their text."""
         self._config = config
         self._source = source
         self._token = internal_token
         self._dead_after_s = dead_after_s
+        self._tokenizers = tokenizers or {}
         self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._feed: FleetFeed | None = None
@@ -81,10 +89,18 @@ class GatewayServer:
         assert self._socket is not None, "bind() comes first"
         loop = asyncio.get_running_loop()
         token = internal_token or self._token
+        policy = make_policy(self._config.policy, self._config.seed)
+        prefixes = await self._prefixes(loop) if policy.reads_prefixes else None
+        router = Router(
+            policy,
+            index=None if prefixes is None else prefixes.index,
+            texts=None if prefixes is None else prefixes.texts,
+        )
         context = GatewayContext(
             self._config,
-            Router(make_policy(self._config.policy, self._config.seed)),
+            router,
             loop,
+            prefixes=prefixes,
             authorization=None if token is None else f"Bearer {token}".encode(),
             dead_after_s=self._dead_after_s,
             access_log=AccessLog(sys.stderr.buffer) if self._config.access_log else None,
@@ -103,10 +119,19 @@ class GatewayServer:
         self._feed = FleetFeed(context, self._source)
         self._feed.start()
         await self._feed.first.wait()
+        if prefixes is not None:
+            await prefixes.loaded()
         self._tasks.append(loop.create_task(self._tick()))
         if context.access_log is not None:
             self._tasks.append(loop.create_task(self._write_log(context.access_log)))
         self._server = await loop.create_server(factory, sock=self._socket, backlog=BACKLOG)
+
+    async def _prefixes(self, loop: asyncio.AbstractEventLoop) -> Prefixes:
+        # Imported here: it brings numba, and a gateway that only balances load starts without.
+        from headrace.gateway.prefixes import Prefixes, TokenizerSource
+
+        sources = {name: TokenizerSource(*source) for name, source in self._tokenizers.items()}
+        return Prefixes(loop, sources)
 
     async def _tick(self) -> None:
         context, feed = self.context, self._feed
@@ -116,6 +141,8 @@ class GatewayServer:
             try:
                 feed.drain()
                 context.expire()
+                if context.prefixes is not None:
+                    context.prefixes.tick()
                 now_s = monotonic()
                 for connection in list(self._connections):
                     if connection.deadline_s < now_s:
@@ -155,6 +182,8 @@ class GatewayServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._feed is not None:
             await self._feed.stop()
+        if context.prefixes is not None:
+            context.prefixes.stop()
         context.pool.close()
         if context.access_log is not None:
             context.access_log.put(context.access_log.take())

@@ -50,16 +50,16 @@ class Delay:
         if hits is None:
             for load in loads:
                 wait_s = load.wait_s
-                missing = load.backlog_tokens + (tokens - load.free_tokens)
-                if missing > 0 and (room_s := missing * load.memory_token_s) > wait_s:
+                room = load.room_tokens
+                if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
                     wait_s = room_s
                 costs.append(wait_s + tokens * (load.token_s * (1 + IMPOSED * load.requests)))
         else:
             work = _work(tokens, hits, view)
             for load, uncached in zip(loads, work, strict=True):
                 wait_s = load.wait_s
-                missing = load.backlog_tokens + (tokens - load.free_tokens)
-                if missing > 0 and (room_s := missing * load.memory_token_s) > wait_s:
+                room = load.room_tokens
+                if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
                     wait_s = room_s
                 costs.append(wait_s + uncached * (load.token_s * (1 + IMPOSED * load.requests)))
         return self._decide(view, costs, hits)
@@ -88,9 +88,9 @@ class Delay:
         columns, loads = view.columns, view.loads
         assert columns is not None
         wait_s = columns.wait_s
-        missing = columns.backlog_tokens + (tokens - columns.free_tokens)
-        if missing.max() > 0:
-            wait_s = np.maximum(wait_s, missing * columns.memory_token_s)
+        room = columns.room_tokens
+        if tokens > room.min():
+            wait_s = np.maximum(wait_s, (tokens - room) * columns.memory_token_s)
         price_s = columns.token_s * (1 + IMPOSED * columns.requests)
         if view.hits is None:
             hits, longest = None, 0
@@ -102,7 +102,7 @@ class Delay:
             uncached = tokens - hits
             if view.hits.slow_tokens is not None:
                 uncached = uncached + SLOW_TIER * view.hits.slow_tokens[slots]
-            costs = wait_s + price_s * np.maximum(uncached, 1)
+            costs = wait_s + price_s * uncached
         near = np.flatnonzero(costs <= float(costs.min()) * TIE + TIE_S)
         if near.size > 1:
             if hits is not None and longest:
@@ -123,9 +123,9 @@ prefill computes, and the copy overlaps with other requests' steps."""
 
 
 def _work(tokens: int, hits: Sequence[int], view: View) -> list[float]:
-    """Tokens to compute on each candidate, at least one; those of a CPU tier count for what loading them costs."""
+    """Tokens to compute on each candidate; those of a CPU tier count for what loading them costs."""
     found: Hits | None = view.hits
     if found is None or found.slow_tokens is None:
-        return [max(tokens - hit, 1) for hit in hits]
+        return [tokens - hit for hit in hits]
     slow = found.slow_tokens[view.candidate_slots()].tolist()
-    return [max(tokens - hit + SLOW_TIER * late, 1) for hit, late in zip(hits, slow, strict=True)]
+    return [tokens - hit + SLOW_TIER * late for hit, late in zip(hits, slow, strict=True)]

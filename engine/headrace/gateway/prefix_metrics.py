@@ -1,0 +1,70 @@
+"""Prefix knowledge as Prometheus reads it: predicted and real hits, how prompts are known, the index's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from headrace.gateway.prefixes import Prefixes
+
+
+class PrefixMetrics(Collector):
+    """Of one gateway."""
+
+    def __init__(self, prefixes: Prefixes) -> None:
+        self._prefixes = prefixes
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus-client at each scrape."""
+        yield from self._collect_prompts()
+        yield from self._collect_index()
+
+    def _collect_prompts(self) -> Iterator[Metric]:
+        read = CounterMetricFamily(
+            "headrace_prompts",
+            "Prompts by what they were known by, and why.",
+            labels=("model", "basis", "reason"),
+        )
+        hits = CounterMetricFamily(
+            "headrace_prefix_hit_tokens",
+            "Prefix hits of the same requests: predicted when routing, and reported by the engines.",
+            labels=("model", "basis", "kind"),
+        )
+        checked = CounterMetricFamily(
+            "headrace_token_checks", "Prompt lengths compared with the engine's.", labels=("model", "outcome")
+        )
+        for model, known in self._prefixes.prompts.models().items():
+            for (how, reason), count in known.read.items():
+                read.add_metric((model, how.value, reason), count)
+            for how, tokens in known.check.predicted_tokens.items():
+                hits.add_metric((model, how.value, "predicted"), tokens)
+                hits.add_metric((model, how.value, "actual"), known.check.cached_tokens[how])
+            checked.add_metric((model, "equal"), known.check.checked - known.check.mismatched)
+            checked.add_metric((model, "different"), known.check.mismatched)
+        yield from (read, hits, checked)
+
+    def _collect_index(self) -> Iterator[Metric]:
+        index, feed = self._prefixes.index, self._prefixes.feed
+        yield GaugeMetricFamily("headrace_index_blocks", "Blocks known to be cached.", index.num_blocks)
+        yield GaugeMetricFamily("headrace_index_bytes", "Memory of the prefix index.", index.memory_bytes)
+        yield GaugeMetricFamily(
+            "headrace_kv_streams", "Replicas whose KV events are followed.", feed.num_streams
+        )
+        yield GaugeMetricFamily(
+            "headrace_kv_streams_catching_up", "Of those, not wholly known yet.", feed.num_catching_up
+        )
+        events = CounterMetricFamily("headrace_index_events", "What KV events brought.", labels=("kind",))
+        for kind in (
+            "batches",
+            "duplicates",
+            "foreign",
+            "gaps_given_up",
+            "stored",
+            "removed",
+            "orphans",
+            "refused",
+        ):
+            events.add_metric((kind,), getattr(index.counts, kind))
+        yield events
