@@ -678,14 +678,17 @@ def extend_prefix(  # noqa: PLR0917 - numba takes no keywords from Python cheapl
     counts: NDArray[np.int32],
     first: NDArray[np.int32],
     following: NDArray[np.int32],
-) -> None:
+) -> bool:
     """Move each replica's count forward over the hashes that it has from there on. `first` (one per hash) and
-    `following` (one per replica) are scratch: the chain of replicas that start at a hash."""
+    `following` (one per replica) are scratch: the chain of replicas that start at a hash. False, and nothing is
+    changed, when a count lies outside 0..len(hashes)."""
     for depth in range(hashes.size):
         first[depth] = -1
     waiting = 0
     for replica in range(counts.size):
         start = counts[replica]
+        if start < 0 or start > hashes.size:
+            return False
         if columns[replica] >= 0 and start < hashes.size:
             following[replica] = first[start]
             first[start] = replica
@@ -713,5 +716,6 @@ def extend_prefix(  # noqa: PLR0917 - numba takes no keywords from Python cheapl
                 left -= _narrow(table, members, depth, replicas, counts)
                 seen = members
         if left == 0 and waiting == 0:
-            return
+            return True
     _finish(table, hashes.size, replicas, counts)
+    return True

@@ -155,11 +155,7 @@ class PrefixTable:
         blocks = _hashes(hashes)
         if self._first.size < blocks.size:
             self._first = np.zeros(2 * blocks.size, np.int32)
-        if counts.size and (counts.min() < 0 or counts.max() > blocks.size):
-            raise ValueError(
-                f"counts span {counts.min()}..{counts.max()}; the prompt has {blocks.size} blocks"
-            )
-        kernel.extend_prefix(
+        within = kernel.extend_prefix(
             self._table,
             self._columns,
             self._replicas,
@@ -168,6 +164,10 @@ class PrefixTable:
             self._first,
             self._following,
         )
+        if not within:
+            raise ValueError(
+                f"counts span {counts.min()}..{counts.max()}; the prompt has {blocks.size} blocks"
+            )
         return counts
 
     # ---- sizes -------------------------------------------------------------------------------------------------
