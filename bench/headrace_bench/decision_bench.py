@@ -126,7 +126,7 @@ def measure(scene: Scene, count: int, clock: Callable[[], int]) -> dict[str, dic
         booked = clock()
         open_.append(Choice(booking, decision))
         released = booked
-        if len(open_) > 4 * len(view.loads):
+        if len(open_) > min(4 * len(view.loads), count // 4):
             router.release(open_.pop(0).booking, scene.now_s)
             released = clock()
             samples["release"].append(released - booked)
