@@ -77,6 +77,10 @@ class Membership:
     version: int
     replicas: tuple[Replica, ...]
     epoch: str = ""
+    models: tuple[
+        str, ...
+    ] = ()  # every configured one, also while it has no replica; those of replicas count anyway
+    models: tuple[str, ...] = ()  # every configured model, known also while none of its replicas is up
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,3 +49,11 @@ async def test_the_same_members_are_no_news_but_another_boot_is() -> None:
 
 async def test_another_board_is_another_epoch() -> None:
     assert MembershipBoard().current.epoch != MembershipBoard().current.epoch
+
+
+async def test_configured_models_are_told_before_and_after_their_replicas() -> None:
+    board = MembershipBoard(["m", "n"])
+    assert board.current.models == ("m", "n")
+    board.publish([replica("a")])
+    board.publish([])
+    assert board.current.models == ("m", "n")

@@ -59,7 +59,7 @@ class Controller:
         self._desired: dict[ReplicaId, ReplicaSpec] = {}
         self._nodes: tuple[placement.Node, ...] = ()
         self._external = ExternalMembers(config, self._publish)
-        self._board = MembershipBoard()
+        self._board = MembershipBoard(model.name for model in config.models)
         self._supervising: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._is_surveyed = False

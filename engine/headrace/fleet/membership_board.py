@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 
 from headrace_router.types import Membership, Replica
 
@@ -13,8 +14,9 @@ from headrace_router.types import Membership, Replica
 class MembershipBoard:
     """Versions only grow; the epoch is drawn anew with each board. Belongs to one event loop."""
 
-    def __init__(self) -> None:
-        self._current = Membership(0, (), secrets.token_hex(8))
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """`models`: those that are configured, told with every version, whether or not they have a replica."""
+        self._current = Membership(0, (), secrets.token_hex(8), tuple(models))
         self._next = asyncio.Event()  # set, and replaced, with each version
 
     @property
@@ -26,7 +28,7 @@ class MembershipBoard:
         members = tuple(replicas)
         if members == self._current.replicas:
             return
-        self._current = Membership(self._current.version + 1, members, self._current.epoch)
+        self._current = replace(self._current, version=self._current.version + 1, replicas=members)
         self._next.set()
         self._next = asyncio.Event()
 
