@@ -163,7 +163,7 @@ class _FastForward:
 
     def skip(self) -> None:
         for stream in self._feed._streams.values():
-            stream.expire(float("inf"))
+            stream.tick(float("inf"))
 
 
 async def test_restarted_engine_starts_from_nothing(bench: Bench) -> None:
@@ -254,3 +254,18 @@ def test_blocks_elsewhere_are_left_out() -> None:
     event = stored(0)
     event.locality = "REMOTE"
     assert read(event) == []
+
+
+async def test_messages_during_a_replay_come_after_it_and_in_order(bench: Bench) -> None:
+    for number in range(3000):
+        bench.publisher.publish([stored(number)])
+    bench.join()
+    for number in range(3000, 6000):
+        bench.publisher.publish([stored(number)])
+        if number % 100 == 0:
+            bench.feed.tick()
+            await asyncio.sleep(0)
+    await bench.until(lambda: bench.hit_tokens(6000) == 6000 * SIZE)
+    await bench.until_caught_up()
+    assert bench.feed.counts.given_up == 0
+    assert bench.index.counts.orphans == 0

@@ -12,9 +12,9 @@ from headrace.backends.vllm_arguments import EngineSettings
 from headrace_router.types import ReplicaId
 
 ARGUMENTS = {
-    "max_model_len": 2048,
+    "max_model_len": 1024,
     "block_size": 32,
-    "kv_cache_memory_bytes": 64 * 1024**2,  # 2,900 tokens: what a test asks for does not all fit
+    "kv_cache_memory_bytes": 32 * 1024**2,  # 1,400 tokens: what a test asks for does not all fit
     "enforce_eager": True,
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",

@@ -49,7 +49,7 @@ class KvFeed:
     @property
     def num_catching_up(self) -> int:
         """Replicas whose cache is not wholly known yet: a replay runs or waits for its turn."""
-        return sum(stream.has_replay or stream.missing_from is not None for stream in self._streams.values())
+        return sum(stream.is_catching_up for stream in self._streams.values())
 
     def follow(self, membership: Membership) -> None:
         """Listen to exactly the replicas of this membership that tell of their caches.
@@ -86,7 +86,7 @@ class KvFeed:
         now_s = monotonic()
         for stream in self._streams.values():
             replay = stream.replay
-            stream.expire(now_s)
+            stream.tick(now_s)
             self._unwatch_if_ended(stream, replay)
         self._begin_replays()
         self._ready = list(self._streams.values())

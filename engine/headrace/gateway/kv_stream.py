@@ -1,10 +1,10 @@
 """One replica's KV events: a subscription, and a replay whenever something is missing.
 
-A replay is asked for at the start (the engine may have filled its cache long ago) and at every gap. While it runs,
-live messages wait, so that the index sees them in order. vLLM keeps its last 10,000 batches and answers between two
-batches of its own, at most 0.1 s late; its socket drops what a slow reader lets pile up, so a replay that ends with a
-gap is asked for again. What the engine no longer keeps is given up: the index forgets the replica and fills from what
-follows.
+A replay is asked for at the start (the engine may have filled its cache long ago), at every gap, and once when the
+engine falls silent (a lost last message leaves no gap). While it runs, live messages wait, so that the index sees them
+in order. vLLM keeps its last 10,000 batches and answers between two batches of its own, at most 0.1 s late; its socket
+drops what a slow reader lets pile up, so a replay that ends with a gap is asked for again. What the engine no longer
+keeps is given up: the index forgets the replica and fills from what follows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 3.0
 """Without a message, a replay is asked for again."""
+QUIET_S = 1.0
+"""After this long without a message, what may have been lost last is asked for: no later message would show it. It
+also closes the moment between the first replay and the subscription, which takes effect whenever it does."""
 MAX_ATTEMPTS = 4
 MAX_WAITING = 10_000
 """Live messages kept during a replay; beyond, they are dropped and leave a gap for the next one."""
@@ -65,7 +68,7 @@ class KvFeedCounts:
 
 
 class KvStream:
-    """Sockets of one replica's boot. Nothing blocks; `receive` and `tick` do all the work."""
+    """Sockets of one replica's boot. Nothing blocks; the feed calls."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], replica: Replica, sink: EventSink, counts: KvFeedCounts
@@ -92,6 +95,9 @@ class KvStream:
         self._forgives_gap = False
         self._brought_any = False
         self._deadline_s = 0.0
+        self._next = 0  # sequence number after the highest that came
+        self._heard = True  # something since the last tick
+        self._quiet_since_s: float | None = None  # None: not heard of since the last check
 
     @property
     def has_replay(self) -> bool:
@@ -121,6 +127,7 @@ class KvStream:
         except zmq.Again:
             return False
         self._counts.messages += 1
+        self._heard = True
         if not catching_up:
             self._apply_live(frames)
         elif len(self._waiting) < MAX_WAITING:
@@ -144,6 +151,7 @@ class KvStream:
             self._counts.unreadable += 1
             return None
         sequence = int.from_bytes(frames[1], "big")
+        self._next = max(self._next, sequence + 1)
         try:
             batch, made_s = self._reader.read(sequence, frames[2])
         except (ValueError, OverflowError, TypeError) as error:
@@ -198,10 +206,19 @@ class KvStream:
             self._give_up()  # the engine's buffer begins here: what came before is gone
         return True
 
-    def expire(self, now_s: float) -> None:
-        """A replay that brings nothing for too long is over, and begun again if it may."""
+    def tick(self, now_s: float) -> None:
+        """A replay that brings nothing for too long is over, and begun again if it may; silence is asked about once."""
         if self.replay is not None and now_s > self._deadline_s:
             self._end_replay(timed_out=True)
+        if self._heard:
+            self._heard = False
+            self._quiet_since_s = now_s
+        elif self._was_quiet(now_s) and not self.is_catching_up and self._replay_endpoint is not None:
+            self._quiet_since_s = None
+            self.missing_from = self._next
+
+    def _was_quiet(self, now_s: float) -> bool:
+        return self._quiet_since_s is not None and now_s - self._quiet_since_s > QUIET_S
 
     def _end_replay(self, *, timed_out: bool = False) -> None:
         self._end_replay_socket()
