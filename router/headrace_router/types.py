@@ -77,10 +77,7 @@ class Membership:
     version: int
     replicas: tuple[Replica, ...]
     epoch: str = ""
-    models: tuple[
-        str, ...
-    ] = ()  # every configured one, also while it has no replica; those of replicas count anyway
-    models: tuple[str, ...] = ()  # every configured model, known also while none of its replicas is up
+    models: tuple[str, ...] = ()  # every configured one, also without a replica; replicas' own count anyway
 
 
 @dataclass(frozen=True, slots=True)
