@@ -52,18 +52,19 @@ class Router:
         self.texts = texts
         self.loads = LoadTable(prior)
         self._now_s = 0.0
+        self._known: dict[str, None] = {}  # configured models, and those of replicas; in order
         self._models: dict[str, list[ReplicaLoad]] = {}  # every replica of the model, whatever its state
         self._views: dict[str, View] = {}  # those that may take new requests
 
     # --- read path
 
     def knows(self, model: str) -> bool:
-        """Whether any replica, ready or not, serves this model."""
-        return model in self._models
+        """Whether the fleet is to serve this model, be a replica of it ready or not."""
+        return model in self._known
 
     def models(self) -> list[str]:
         """Every known model, in the order of membership."""
-        return list(self._models)
+        return list(self._known)
 
     def eligible(self, model: str) -> list[ReplicaLoad]:
         """Replicas that may take a new request of this model."""
@@ -131,6 +132,7 @@ class Router:
         self._models = {}
         for load in present:
             self._models.setdefault(load.replica.model, []).append(load)
+        self._known = dict.fromkeys((*membership.models, *self._models))
         for model in self._models:
             self._rebuild(model)
         for model in [m for m in self._views if m not in self._models]:

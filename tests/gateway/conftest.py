@@ -113,6 +113,9 @@ class ScriptedReplica:
         if script.startswith("status"):
             self._answer(writer, int(script.removeprefix("status")), b'{"error":{"message":"scripted"}}')
             return True
+        if script == "no_route":
+            self._answer(writer, 404, b'{"detail":"Not Found"}')
+            return True
         if script == "answer" and not request.get("stream"):
             self._answer(writer, 200, json.dumps({"by": self.name, "usage": {"prompt_tokens": 5}}).encode())
             return True
@@ -176,8 +179,8 @@ class FixedSource:
         self._membership = Membership(1, tuple(replicas))
         self._changed = asyncio.Event()
 
-    def change(self, replicas: list[Replica]) -> None:
-        self._membership = Membership(self._membership.version + 1, tuple(replicas))
+    def change(self, replicas: list[Replica], models: tuple[str, ...] = ()) -> None:
+        self._membership = Membership(self._membership.version + 1, tuple(replicas), models=models)
         self._changed.set()
 
     async def watch(self, known: Membership | None) -> Membership:

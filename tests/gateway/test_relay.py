@@ -74,6 +74,71 @@ async def test_unknown_model_gets_openai_404(front: Open, face: str) -> None:
         assert response.json()["error"]["param"] == "model"
 
 
+async def test_configured_model_without_replicas_is_a_503_to_be_tried_again(front: Open, face: str) -> None:
+    async with front(face) as gateway:
+        gateway.source.change([], models=("m",))
+        while gateway.context.membership.replicas:
+            await asyncio.sleep(0)
+        response = await gateway.post({"model": "m"})
+        assert response.status == 503
+        assert response.json()["error"]["code"] == "no_replica"
+        assert "retry-after" in response.headers
+        assert (await gateway.post({"model": "other"})).status == 404
+
+
+async def test_path_that_the_model_does_not_offer_is_a_404_in_openais_form(front: Open, face: str) -> None:
+    async with front(face) as gateway:
+        response = await gateway.post({"model": "m", "script": {"all": "no_route"}}, path="/v1/embeddings")
+        assert response.status == 404
+        assert response.json()["error"]["message"] == "the model `m` does not offer /v1/embeddings"
+        await gateway.settled()
+
+
+async def test_errors_on_anthropics_path_have_anthropics_form(front: Open, face: str) -> None:
+    async with front(face) as gateway:
+        response = await gateway.post({"model": "other"}, path="/v1/messages")
+        assert response.status == 404
+        assert response.json()["type"] == "error"
+        assert response.json()["error"]["type"] == "not_found_error"
+
+
+async def test_relayed_errors_are_not_counted_as_fast_tokens(front: Open, face: str) -> None:
+    async with front(face) as gateway:
+        await gateway.post({"model": "m", "script": {"all": "status400"}})
+        await gateway.settled()
+        measures = gateway.context.metrics.of("m")
+        assert measures.ended == {(400, "replica_answer"): 1}
+        assert measures.time_to_first_token.count == 0
+
+
+async def test_decision_is_explained_when_asked_for_and_kept(front: Open, face: str) -> None:
+    async with front(face, policy="delay") as gateway:
+        silent = await gateway.post({"model": "m", "prompt": "x"})
+        assert not any(name.startswith("x-headrace") for name in silent.headers)
+        told = await gateway.post(
+            {"model": "m", "prompt": "x " * 600},
+            headers="connection: close\r\nx-headrace-explain: 1\r\nx-request-id: why\r\n",
+        )
+        assert told.headers["x-headrace-replica"] == told.json()["by"]
+        assert "policy=delay; basis=text (no tokenizer)" in told.headers["x-headrace-decision"]
+        raw = await gateway.raw(b"GET /headrace/decisions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        latest = json.loads(raw.partition(b"\r\n\r\n")[2])["decisions"][0]
+        assert latest["request_id"] == "why"
+        assert [candidate["replica"] for candidate in latest["candidates"]] == ["a", "b"]
+
+
+async def test_repeated_prompt_returns_to_the_replica_that_has_it(front: Open, face: str) -> None:
+    async with front(face, policy="delay") as gateway:
+        prompts = [f"{name} " * 1200 for name in ("one", "two", "three")]
+        homes = [(await gateway.post({"model": "m", "prompt": prompt})).json()["by"] for prompt in prompts]
+        for _ in range(3):
+            again = [
+                (await gateway.post({"model": "m", "prompt": prompt})).json()["by"] for prompt in prompts
+            ]
+            assert again == homes
+        await gateway.settled()
+
+
 async def test_reset_before_the_answer_is_retried_on_another_replica(front: Open, face: str) -> None:
     async with front(face) as gateway:
         response = await gateway.post({"model": "m", "script": {"a": "reset"}})

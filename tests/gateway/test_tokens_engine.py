@@ -246,6 +246,26 @@ def test_completion_prompts_equal_transformers(folders: dict[str, Path]) -> None
         )
 
 
+@pytest.mark.parametrize(
+    "adds", [{"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}, {}]
+)
+def test_framed_texts_equal_transformers(
+    folders: dict[str, Path], tmp_path: Path, adds: dict[str, bool]
+) -> None:
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    framed = Tokenizer.from_file(str(folders["embedded"] / "tokenizer.json"))
+    framed.post_processor = processors.TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", 2)]
+    )
+    framed.save(str(tmp_path / "tokenizer.json"))
+    config = json.loads((folders["embedded"] / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **adds}))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))("Once")["input_ids"]
+    assert our_ids(tmp_path, tokens.COMPLETIONS_PATH, {"prompt": "Once"}) == theirs
+
+
 def test_content_format_is_vllms(folders: dict[str, Path]) -> None:
     import vllm.transformers_utils.chat_templates as shipped
     from vllm.renderers.hf import _detect_content_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from typing import Any
 
@@ -26,6 +27,14 @@ def build_app(context: GatewayContext) -> FastAPI:
 
         registry.register(PrefixMetrics(context.prefixes))
     started = int(time.time())
+
+    @app.middleware("http")
+    async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Every answer names its request, as those of the relay do."""
+        given = request.headers.get("x-request-id")
+        response = await call_next(request)
+        response.headers["x-request-id"] = openai.request_id(given.encode() if given else None).decode()
+        return response
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -54,7 +63,9 @@ def build_app(context: GatewayContext) -> FastAPI:
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         if model not in _ready_models(context):
-            raise HTTPException(404, f"The model `{model}` does not exist.")
+            if not model:
+                return await models()
+            raise HTTPException(404, openai.unknown_model(model, context.router.models()))
         return _card(context, model, started)
 
     @app.get("/headrace/decisions")
@@ -73,8 +84,12 @@ def build_app(context: GatewayContext) -> FastAPI:
             known = NotFound(f"no such path: {request.method} {request.url.path}")
         else:
             known = NotFound(str(error.detail))
-            known.code = "model_not_found"
-        return _error_response(known)
+            known.code, known.param = "model_not_found", "model"
+        response = _error_response(known)
+        if known.status == 405:
+            is_inference = request.url.path.encode() in openai.INFERENCE_PATHS
+            response.headers["allow"] = "POST" if is_inference else "GET"
+        return response
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

@@ -190,8 +190,20 @@ def find_usage(data: bytes) -> Usage | None:
     )
 
 
-def error_body(error: HeadraceError) -> bytes:
-    """OpenAI's error body."""
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+def error_body(error: HeadraceError, path: bytes = b"") -> bytes:
+    """OpenAI's error body; Anthropic's where the path is of its API."""
+    if path.startswith(b"/v1/messages"):
+        default = "invalid_request_error" if error.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(error.status, default)
+        return _encode({"type": "error", "error": {"type": kind, "message": error.message}})
     return _encode(
         {
             "error": {
@@ -202,6 +214,11 @@ def error_body(error: HeadraceError) -> bytes:
             }
         }
     )
+
+
+def unknown_model(model: str, known: list[str]) -> str:
+    """What to tell whoever asks for a model that is not served."""
+    return f"The model `{model[:256]}` does not exist. Known models: {', '.join(known)}"
 
 
 def error_event(error: HeadraceError) -> bytes:

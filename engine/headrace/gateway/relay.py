@@ -24,6 +24,7 @@ from headrace.errors import (
     HeadraceError,
     ModelNotFound,
     NoReplica,
+    NotFound,
     RequestTimeout,
     ShuttingDown,
     UpstreamFailed,
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 # Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
 _ILL_STATUSES = frozenset({502, 503})
+# What FastAPI says where vLLM offers no route for a path: its model does not do embeddings, say.
+_NO_SUCH_ROUTE = b'{"detail":"Not Found"}'
 
 
 class Exchange:
@@ -69,6 +72,7 @@ class Exchange:
     _tries = 0
     _events: EventRelay | None = None
     _hide_usage = False
+    _held_head: ResponseHead | None = None
     _tail = b""
     _status = 0
     _paused = False
@@ -176,10 +180,12 @@ class Exchange:
             parsed = openai.parse_body(self._body, context.json_depth)
         model = self.model = parsed.model
         if not context.router.knows(model):
-            raise ModelNotFound(
-                f"The model `{model[:256]}` does not exist. Known models: {', '.join(context.router.models())}",
-                param="model",
-            )
+            known = context.router.models()
+            if not known:
+                raise NoReplica(
+                    "no replica has told yet which model it serves; try again shortly", retry_after_s=2
+                )
+            raise ModelNotFound(openai.unknown_model(model, known), param="model")
         self._measures = context.metrics.of(model)
         self._measures.in_flight += 1
         if context.draining:
@@ -296,6 +302,12 @@ class Exchange:
     def upstream_head(self, head: ResponseHead) -> None:
         if head.status in _ILL_STATUSES and self._try_elsewhere():
             return
+        if head.status == 404 and head.content_length == len(_NO_SUCH_ROUTE):
+            self._held_head = head  # perhaps the server's own "no such path"; the body tells
+            return
+        self._begin_answer(head)
+
+    def _begin_answer(self, head: ResponseHead) -> None:
         self._status = head.status
         self._last_byte_s = monotonic()
         if head.is_event_stream:
@@ -309,12 +321,21 @@ class Exchange:
         self._client.send_head(head.status, fields, head.content_length)
 
     def upstream_body(self, data: bytes) -> None:
+        if self._held_head is not None:
+            head, self._held_head = self._held_head, None
+            if data == _NO_SUCH_ROUTE:
+                self._fail(NotFound(f"the model `{self.model}` does not offer {self.path.decode('latin-1')}"))
+                return
+            self._begin_answer(head)
         now_s = monotonic()
         if self._first_byte_s == 0.0:
             self._first_byte_s = now_s
-            if self._events is not None and self._booking is not None:
+            if self._status >= 400:
+                self._error_kind = "replica_answer"  # the engine's word, 4xx mostly
+            elif self._events is not None and self._booking is not None:
                 self._context.router.answered(self._booking, now_s)
-            self._measures.time_to_first_token.observe(now_s - self._started_s)
+            if self._status < 400:
+                self._measures.time_to_first_token.observe(now_s - self._started_s)
         elif self._events is not None:
             self._measures.inter_token.observe(now_s - self._last_byte_s)
         self._last_byte_s = now_s
@@ -418,7 +439,7 @@ class Exchange:
             self._end(self._status)
 
     def _answer_error(self, error: HeadraceError) -> None:
-        body = openai.error_body(error)
+        body = openai.error_body(error, self.path)
         self._client.send_head(error.status, openai.error_fields(error, self.request_id), len(body))
         self._client.send_body(body)
         self._end(error.status)
@@ -465,7 +486,7 @@ class Exchange:
                 replica=self._booking.replica.id if self._booking is not None else None,
                 tries=self._tries,
                 duration_s=now_s - self._started_s,
-                ttft_s=self._first_byte_s - self._started_s if self._first_byte_s else None,
+                ttft_s=self._first_byte_s - self._started_s if self._first_byte_s and status < 400 else None,
                 usage=usage,
             )
 

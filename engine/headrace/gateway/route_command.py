@@ -30,9 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", required=True, metavar="URL", help="a server; repeat for more"
     )
-    parser.add_argument("--policy", choices=sorted(POLICIES), default=Gateway().policy)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        default=Gateway().policy,
+        help="how to choose; default %(default)s",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
     parser.add_argument(
         "--model", help="route only this model; also its name when a server has no /v1/models"
     )
@@ -43,13 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without it they know them by their text",
     )
     parser.add_argument("--api-key", help="sent to the servers instead of the client's own key")
-    parser.add_argument("--no-access-log", action="store_true")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="seconds; default 30")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no-access-log", action="store_true", help="write no JSON line per request to stderr"
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that running requests get; default 30",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the policies that draw lots; default 0")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises HeadraceError when it cannot start."""
+    if args.drain_timeout < 0:
+        raise ConfigError(f"--drain-timeout is {args.drain_timeout:g}; it must be at least 0")
     source = StaticFleet(args.backend, api_key=args.api_key, model=args.model)
     config = node(
         Gateway,
@@ -82,8 +97,8 @@ async def _serve(server: GatewayServer, source: StaticFleet, host: str, port: in
     await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         starting.result()
-        for url in source.unreachable:
-            print(f"warning: {url} does not answer; it joins when it does", file=sys.stderr)
+        for problem in source.problems:
+            print(f"warning: {problem}", file=sys.stderr)
         print(f"ready: http://{host}:{port}", flush=True)
         await waiting
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import sys
@@ -76,9 +77,16 @@ class GatewayServer:
                 bound.close()
                 raise
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                advice = (
+                    "stop the program that holds the port or choose another with --port (0 takes a free one)"
+                )
+            elif error.errno == errno.EACCES:
+                advice = "ports below 1024 need root; choose another with --port"
+            else:
+                advice = "--host must be an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them"
             raise FatalStartError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; "
-                "stop the program that holds the port or choose another with --port (0 takes a free one)"
+                f"cannot listen on {host}:{port}: {error.strerror or error}; {advice}"
             ) from None
         self._socket = bound
         name = bound.getsockname()

@@ -36,7 +36,23 @@ class _Server:
     models: tuple[_Card, ...] = ()
     up: bool = False
     misses: int = 0
+    problem: str = ""  # why it is not up
     starts: int = 0  # how often it has come up, as far as probes can tell
+
+
+class _NotAModelServer(Exception):
+    """Something answers at the URL, and it does not say what it serves."""
+
+
+def _check(url: str) -> None:
+    """Raises ConfigError on what cannot be a backend."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        is_good = False
+    if not is_good or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ConfigError(f"not a backend URL: {url!r}; give http://HOST:PORT and nothing behind it")
 
 
 class StaticFleet:
@@ -48,8 +64,7 @@ class StaticFleet:
         Raises ConfigError on something that is not an http(s) URL.
         """
         for url in urls:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise ConfigError(f"not a backend URL: {url!r}; give http://HOST:PORT")
+            _check(url)
         self._servers = [_Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._api_key = api_key
         self._model = model
@@ -68,9 +83,9 @@ class StaticFleet:
         return Membership(self._version, replicas)
 
     @property
-    def unreachable(self) -> list[str]:
-        """URLs that did not answer their last probe."""
-        return [server.url for server in self._servers if not server.up]
+    def problems(self) -> list[str]:
+        """What is wrong with the servers that are not up, one line each."""
+        return [f"{server.url} {server.problem}" for server in self._servers if not server.up]
 
     def _replicas(self) -> tuple[Replica, ...]:
         replicas = []
@@ -94,15 +109,19 @@ class StaticFleet:
     async def _probe(self, server: _Server) -> None:
         try:
             models = await asyncio.to_thread(self._ask, server)
-        except (OSError, ValueError):
+        except _NotAModelServer as error:
+            server.problem = str(error)
             server.misses += 1
-            if server.misses >= MISSES_UNTIL_DOWN:
-                server.up = False
+        except (OSError, ValueError) as error:
+            server.problem = f"does not answer ({getattr(error, 'reason', error)}); it joins when it does"
+            server.misses += 1
+        else:
+            if not server.up:
+                server.starts += 1
+            server.up, server.misses, server.models = True, 0, models
             return
-        if not server.up:
-            server.starts += 1
-        server.up, server.misses = True, 0
-        server.models = models
+        if server.misses >= MISSES_UNTIL_DOWN:
+            server.up = False
 
     def _ask(self, server: _Server) -> tuple[_Card, ...]:
         """Blocking; in a thread. Raises OSError or ValueError when the server does not answer as one."""
@@ -111,12 +130,16 @@ class StaticFleet:
         content = self._get(server.url + "/v1/models")
         if content is None:
             if self._model is None:
-                raise ValueError("no /v1/models")
+                raise _NotAModelServer("answers but has no /v1/models; name what it serves with --model NAME")
             self._get(server.url + "/health")
             return (_Card(self._model),)
         cards = msgspec.json.decode(content, type=_Cards).data
         if self._model is not None:
             cards = [card for card in cards if card.id == self._model]
+        if not cards:
+            raise _NotAModelServer(
+                "answers but serves no model" + (f" named {self._model!r}" if self._model else "")
+            )
         return tuple(cards)
 
     def _get(self, url: str) -> bytes | None:

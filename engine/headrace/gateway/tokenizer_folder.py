@@ -96,9 +96,9 @@ def load(folder: Path, engine: Mapping[str, Any] | None = None) -> ModelTokenize
             raise NoTokenizer(f"vLLM renders {model_type or 'this model'} in a way of its own")
         if (folder / "chat_template.json").exists():
             raise NoTokenizer("its chat template belongs to a processor")
-        segments = SegmentTokenizer(_with_framing(folder, config))
+        segments = _segments(folder, config)
         chat, chat_with_tools = _templates(folder, config, engine)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise NoTokenizer(str(error)) from error
     return ModelTokenizer(
         segments,
@@ -109,14 +109,21 @@ def load(folder: Path, engine: Mapping[str, Any] | None = None) -> ModelTokenize
     )
 
 
-def _with_framing(folder: Path, config: Mapping[str, Any]) -> bytes:
-    """tokenizer.json, unless the configuration asks transformers to frame texts anew."""
-    if config.get("add_bos_token") or config.get("add_eos_token"):
-        # transformers 5 then builds a post-processor of its own: true only of what it would have been anyway.
-        description = _read_json(folder / "tokenizer.json")
-        if not description.get("post_processor"):
-            raise ValueError("tokenizer_config.json adds tokens that tokenizer.json does not")
-    return (folder / "tokenizer.json").read_bytes()
+def _segments(folder: Path, config: Mapping[str, Any]) -> SegmentTokenizer:
+    """As transformers 5 loads it: `add_bos_token` and `add_eos_token`, if there at all, replace tokenizer.json's own
+    framing of texts, and so does the lack of one."""
+    text = (folder / "tokenizer.json").read_text()
+    description = json.loads(text)
+    known = {token["content"] for token in description.get("added_tokens") or ()}
+    for token in (config.get("added_tokens_decoder") or {}).values():
+        if token["content"] not in known:
+            raise ValueError(f"tokenizer.json lacks the added token {token['content']!r}")
+    if description.get("post_processor") and "add_bos_token" not in config and "add_eos_token" not in config:
+        return SegmentTokenizer(text)
+    names = _special_tokens(folder, config)
+    before = names.get("bos_token") if config.get("add_bos_token") else None
+    behind = names.get("eos_token") if config.get("add_eos_token") else None
+    return SegmentTokenizer(text, frame=(before, behind))
 
 
 def _templates(
