@@ -192,20 +192,6 @@ def test_models_with_a_renderer_of_their_own_are_left_alone(tmp_path: Path) -> N
         load(tmp_path)
 
 
-def test_configured_frame_replaces_the_definitions_own(tmp_path: Path) -> None:
-    names = {"bos_token": "<|start|>", "eos_token": {"content": "<|end|>"}}
-    bare = load(write_folder(tmp_path)).segments.token_ids("the").tolist()
-    start, end = (load(tmp_path).segments.token_ids(token).tolist() for token in ("<|start|>", "<|end|>"))
-    for adds, expected in (
-        ({"add_bos_token": True}, [*start, *bare]),
-        ({"add_bos_token": True, "add_eos_token": True}, [*start, *bare, *end]),
-        ({"add_bos_token": False}, bare),
-        ({}, bare),
-    ):
-        segments = load(write_folder(tmp_path, **names, **adds)).segments
-        assert segments.token_ids("the", add_special_tokens=True).tolist() == expected
-
-
 def test_tokens_missing_from_the_definition_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(NoTokenizer, match="lacks the added token"):
         load(write_folder(tmp_path, added_tokens_decoder={"9": {"content": "<|new|>"}}))

@@ -127,8 +127,8 @@ def engine() -> Iterator[Engine]:
         assert process.stdout is not None and process.stdin is not None
         told: dict[str, Any] = {}
         for line in process.stdout:
-            if line.startswith(b'{"ready"'):
-                told = json.loads(line)
+            if b'{"ready"' in line:  # the engine's processes write there too, and end no lines for us
+                told = json.loads(line[line.index(b'{"ready"') :])
                 break
         assert told, "the engine did not start"
         replica = Replica(

@@ -80,18 +80,8 @@ class Plan(NamedTuple):
 class SegmentTokenizer:
     """A `tokenizer.json`, by segments. `plan` and `finish` belong to one thread; `encode` may run in any."""
 
-    def __init__(
-        self,
-        definition: bytes | str,
-        cache: SegmentCache | None = None,
-        *,
-        frame: tuple[str | None, str | None] | None = None,
-    ) -> None:
-        """`definition` is the text of a tokenizer.json. `frame`: the tokens that `add_special_tokens` puts before and
-        behind a text; None leaves that to the definition.
-
-        Raises ValueError when it is no tokenizer, or a random one (dropout).
-        """
+    def __init__(self, definition: bytes | str, cache: SegmentCache | None = None) -> None:
+        """`definition` is the text of a tokenizer.json. Raises ValueError when it is none or is random (dropout)."""
         from tokenizers import Tokenizer
 
         text = definition.decode() if isinstance(definition, bytes) else definition
@@ -118,7 +108,7 @@ class SegmentTokenizer:
             self._lead = _lead(list(plain), [token["content"] for token in added])
             if not self._lead:
                 self._cut = None
-        self._prefix, self._suffix = self._framing() if frame is None else map(self._token, frame)
+        self._prefix, self._suffix = self._framing()
 
     def plan(self, text: str) -> Plan:
         """Cut and look up; takes about 1 µs per segment and 1 µs per 3 KB."""
@@ -170,14 +160,6 @@ class SegmentTokenizer:
         # No piece starts with an added token, so the lead is ours to take off; a text left uncut may start with one.
         uncut = self._uncuttable is not None and self._uncuttable.search(segment) is not None
         return packed if uncut else packed[4:]
-
-    def _token(self, content: str | None) -> bytes:
-        if content is None:
-            return b""
-        token_id = self._tokenizer.token_to_id(content)
-        if token_id is None:
-            raise ValueError(f"the tokenizer has no token {content!r}")
-        return array("I", [token_id]).tobytes()
 
     def _framing(self) -> tuple[bytes, bytes]:
         """What the post-processor puts around a text (`<s>`, `[SEP]`). Raises ValueError where it does more."""

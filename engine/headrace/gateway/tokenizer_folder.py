@@ -110,20 +110,13 @@ def load(folder: Path, engine: Mapping[str, Any] | None = None) -> ModelTokenize
 
 
 def _segments(folder: Path, config: Mapping[str, Any]) -> SegmentTokenizer:
-    """As transformers 5 loads it: `add_bos_token` and `add_eos_token`, if there at all, replace tokenizer.json's own
-    framing of texts, and so does the lack of one."""
+    """As transformers 5 loads it: where there is a tokenizer.json, `add_bos_token` and its kind are not heeded."""
     text = (folder / "tokenizer.json").read_text()
-    description = json.loads(text)
-    known = {token["content"] for token in description.get("added_tokens") or ()}
+    known = {token["content"] for token in json.loads(text).get("added_tokens") or ()}
     for token in (config.get("added_tokens_decoder") or {}).values():
         if token["content"] not in known:
             raise ValueError(f"tokenizer.json lacks the added token {token['content']!r}")
-    if description.get("post_processor") and "add_bos_token" not in config and "add_eos_token" not in config:
-        return SegmentTokenizer(text)
-    names = _special_tokens(folder, config)
-    before = names.get("bos_token") if config.get("add_bos_token") else None
-    behind = names.get("eos_token") if config.get("add_eos_token") else None
-    return SegmentTokenizer(text, frame=(before, behind))
+    return SegmentTokenizer(text)
 
 
 def _templates(
