@@ -35,6 +35,9 @@ class PrefixMetrics(Collector):
         checked = CounterMetricFamily(
             "headrace_token_checks", "Prompt lengths compared with the engine's.", labels=("model", "outcome")
         )
+        trusted = GaugeMetricFamily(
+            "headrace_tokens_trusted", "1 while our prompt lengths are the engine's.", labels=("model",)
+        )
         for model, known in self._prefixes.prompts.models().items():
             for (how, reason), count in known.read.items():
                 read.add_metric((model, how.value, reason), count)
@@ -43,7 +46,8 @@ class PrefixMetrics(Collector):
                 hits.add_metric((model, how.value, "actual"), known.check.cached_tokens[how])
             checked.add_metric((model, "equal"), known.check.checked - known.check.mismatched)
             checked.add_metric((model, "different"), known.check.mismatched)
-        yield from (read, hits, checked)
+            trusted.add_metric((model,), int(known.check.trusted))
+        yield from (read, hits, checked, trusted)
 
     def _collect_index(self) -> Iterator[Metric]:
         index, feed = self._prefixes.index, self._prefixes.feed
@@ -68,3 +72,10 @@ class PrefixMetrics(Collector):
         ):
             events.add_metric((kind,), getattr(index.counts, kind))
         yield events
+        replays = CounterMetricFamily("headrace_kv_feed", "How KV events came in.", labels=("kind",))
+        for kind in ("messages", "unreadable", "gaps", "replays", "replayed", "given_up"):
+            replays.add_metric((kind,), getattr(feed.counts, kind))
+        yield replays
+        yield GaugeMetricFamily(
+            "headrace_kv_feed_lag_seconds", "Age of the newest KV event batch when read.", feed.counts.lag_s
+        )

@@ -23,7 +23,7 @@ from headrace_kernels.compilation import warm
 from headrace_router.prefix_index import PrefixIndex
 from headrace_router.router import Router
 from headrace_router.text_index import TextIndex
-from headrace_router.types import Membership
+from headrace_router.types import BootId, Membership, ReplicaId
 from headrace_router.view import Decision
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Prefixes:
         self.prompts = PromptReader(loop)
         self.feed = KvFeed(loop, self.index)
         self._tokenizers = tokenizers
+        self._boots: dict[ReplicaId, BootId] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._loop = loop
 
@@ -57,6 +58,10 @@ class Prefixes:
         self.feed.follow(membership)
         for replica in membership.replicas:
             model = replica.model
+            if self._boots.get(replica.id) != replica.boot_id:
+                # Another start, perhaps of another version or tokenizer: what disagreed may agree now.
+                self._boots[replica.id] = replica.boot_id
+                self.prompts.of(model).check.reset()
             source = self._tokenizers.get(model) or self._tokenizers.get("*")
             if model not in self._loading and source is not None:
                 self._loading[model] = self._loop.create_task(self._load(model, source))
