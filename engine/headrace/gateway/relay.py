@@ -6,8 +6,8 @@ A request's life:
  3. where the policy wants it, the prompt is read: tokens, or text chunks                 `_read_prompt`
  4. the router chooses a replica and books the request on it                              `_dispatch`
  5. the original bytes go out on a pooled connection, or a new one                        `_send`
- 6. the answer's head comes back: relayed, or tried elsewhere if the replica is ill       `upstream_head`
- 7. bytes flow; a client that does not read pauses the replica, not our memory            `upstream_body`
+ 6. the answer's head comes back: relayed, or tried elsewhere if the replica is ill       `Answer`
+ 7. bytes flow; a client that does not read pauses the replica, not our memory            `Answer`
  8. however it ends, `_end` runs exactly once: booking released, metrics, access log
 
 Nothing here blocks; all calls come from one event loop.
@@ -24,19 +24,18 @@ from headrace.errors import (
     HeadraceError,
     ModelNotFound,
     NoReplica,
-    NotFound,
     RequestTimeout,
     ShuttingDown,
     UpstreamFailed,
     UpstreamTimeout,
 )
 from headrace.gateway import openai
+from headrace.gateway.answer import Answer
 from headrace.gateway.client import Client
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.decisions import decision_fields
 from headrace.gateway.http_request import RequestHead
 from headrace.gateway.http_response import ResponseHead
-from headrace.gateway.sse import EventRelay
 from headrace.gateway.upstream import Target, UpstreamConnection
 from headrace_router.load_table import Booking
 from headrace_router.router import Choice
@@ -48,11 +47,6 @@ if TYPE_CHECKING:  # importing it for real would bring numba, which a policy tha
     from headrace.gateway.prompt_reader import Prompt
 
 log = logging.getLogger(__name__)
-
-# Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
-_ILL_STATUSES = frozenset({502, 503})
-# What FastAPI says where vLLM offers no route for a path: its model does not do embeddings, say.
-_NO_SUCH_ROUTE = b'{"detail":"Not Found"}'
 
 
 class Exchange:
@@ -70,14 +64,8 @@ class Exchange:
     _connecting: asyncio.Task[None] | None = None
     _connection: UpstreamConnection | None = None
     _tries = 0
-    _events: EventRelay | None = None
-    _hide_usage = False
-    _held_head: ResponseHead | None = None
-    _tail = b""
-    _status = 0
-    _paused = False
-    _first_byte_s = 0.0
-    _last_byte_s = 0.0
+    hide_usage = False
+    paused = False
     _error_kind = ""
 
     def __init__(
@@ -90,9 +78,10 @@ class Exchange:
         self._head = head
         self._body = body
         self.request_id = openai.request_id(head.request_id)
-        self._measures = context.metrics.unknown
-        self._started_s = monotonic()
-        self.deadline_s = self._started_s + context.timeouts.first_byte_s
+        self.measures = context.metrics.unknown
+        self.started_s = monotonic()
+        self.deadline_s = self.started_s + context.timeouts.first_byte_s
+        self._answer = Answer(self, client, context.idle_s)
 
     # --- called by the face
 
@@ -107,7 +96,7 @@ class Exchange:
             else:
                 self._read_prompt(prefixes)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def client_left(self) -> None:
         """The client is gone: stop the replica's work at once."""
@@ -117,32 +106,32 @@ class Exchange:
 
     def client_paused(self) -> None:
         """The client does not read as fast as the replica writes."""
-        self._paused = True
+        self.paused = True
         self.deadline_s = monotonic() + self._context.timeouts.client_stall_s
         if self._connection is not None:
             self._connection.pause_reading()
 
     def client_resumed(self) -> None:
         """The client has caught up."""
-        self._paused = False
+        self.paused = False
         self.deadline_s = monotonic() + self._context.timeouts.idle_s
         if self._connection is not None:
             self._connection.resume_reading()
 
     def expire(self) -> None:
         """`deadline_s` has passed: whatever was awaited did not come."""
-        if self._paused:
+        if self.paused:
             self._error_kind = "client_stalled"
             self._client.abort()
-            self._end(self._status)
+            self._end(self._answer.status)
         elif self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
             self._lost("no connection within the connect timeout", suspend=True)
         else:
             timeouts = self._context.timeouts
-            timeout_s = timeouts.idle_s if self._status else timeouts.first_byte_s
-            self._fail(UpstreamTimeout(f"the replica was silent for {timeout_s:g} s"))
+            timeout_s = timeouts.idle_s if self._answer.status else timeouts.first_byte_s
+            self.fail(UpstreamTimeout(f"the replica was silent for {timeout_s:g} s"))
 
     def replica_gone(self) -> None:
         """Membership says that the replica of this exchange is no more (its node may never send a reset)."""
@@ -152,7 +141,7 @@ class Exchange:
 
     def cut(self) -> None:
         """The gateway stops and will not wait for this exchange any longer."""
-        self._fail(ShuttingDown("the gateway shut down before the answer was complete"))
+        self.fail(ShuttingDown("the gateway shut down before the answer was complete"))
 
     @property
     def left(self) -> bool:
@@ -186,8 +175,8 @@ class Exchange:
                     "no replica has told yet which model it serves; try again shortly", retry_after_s=2
                 )
             raise ModelNotFound(openai.unknown_model(model, known), param="model")
-        self._measures = context.metrics.of(model)
-        self._measures.in_flight += 1
+        self.measures = context.metrics.of(model)
+        self.measures.in_flight += 1
         if context.draining:
             raise ShuttingDown("the gateway is shutting down; send the request to another one")
         user, bound = parsed.user, parsed.max_completion_tokens or parsed.max_tokens
@@ -198,7 +187,7 @@ class Exchange:
             user if isinstance(user, str) else None,
         )
         if parsed.stream is True and not is_form and openai.asks_usage(self.path, parsed):
-            self._hide_usage = True
+            self.hide_usage = True
 
     def _read_prompt(self, prefixes: Prefixes) -> None:
         """Find out about the prompt, at once or in a thread, then go on."""
@@ -219,7 +208,7 @@ class Exchange:
             self._know(reading.result())
             self._dispatch()
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def _know(self, prompt: Prompt) -> None:
         request, prefixes = self._request, self._context.prefixes
@@ -248,7 +237,7 @@ class Exchange:
         self.decision = choice.decision
         self._tries += 1
         context = self._context
-        self._measures.decided(choice.decision.reason)
+        self.measures.decided(choice.decision.reason)
         context.decisions.add(
             self.request_id, booking.replica.model, self._tries, self._prompt, choice.decision
         )
@@ -274,7 +263,7 @@ class Exchange:
         try:
             self._send(connection, target)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def _send(self, connection: UpstreamConnection, target: Target) -> None:
         self._connection = connection
@@ -282,9 +271,9 @@ class Exchange:
         authorization = b""
         if not target.authorized and self._head.authorization is not None:
             authorization = b"authorization: %b\r\n" % self._head.authorization
-        body = openai.with_usage(self._body) if self._hide_usage else self._body
+        body = openai.with_usage(self._body) if self.hide_usage else self._body
         connection.send(
-            self,
+            self._answer,
             b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
             % (
                 self._target,
@@ -297,89 +286,38 @@ class Exchange:
             ),
         )
 
-    # --- answer path: upstream.Receiver
+    # --- asked by the answer
 
-    def upstream_head(self, head: ResponseHead) -> None:
-        if head.status in _ILL_STATUSES and self._try_elsewhere():
-            return
-        if head.status == 404 and head.content_length == len(_NO_SUCH_ROUTE):
-            self._held_head = head  # perhaps the server's own "no such path"; the body tells
-            return
-        self._begin_answer(head)
-
-    def _begin_answer(self, head: ResponseHead) -> None:
-        self._status = head.status
-        self._last_byte_s = monotonic()
-        if head.is_event_stream:
-            self._events = EventRelay(self._hide_usage)
-        self._body = b""  # no retry from here on
+    def answer_begins(self, head: ResponseHead) -> bytes:
+        """No other try from here on: what one would need is let go, a stream may live for minutes."""
+        self._body = b""
+        self._request = None
+        if self._prompt is not None:
+            self._prompt = self._prompt._replace(token_ids=None, chunks=None)
+        if head.status >= 400:
+            self._error_kind = "replica_answer"  # the engine's word, 4xx mostly
         fields = b"%bx-request-id: %b\r\n" % (head.fields, self.request_id)
         if self._head.explain and self.decision is not None:
-            fields += decision_fields(
-                self._context.router.policy.name, self._prompt and self._prompt.choice, self.decision
-            )
-        self._client.send_head(head.status, fields, head.content_length)
+            basis = self._prompt and self._prompt.choice
+            fields += decision_fields(self._context.router.policy.name, basis, self.decision)
+        return fields
 
-    def upstream_body(self, data: bytes) -> None:
-        if self._held_head is not None:
-            head, self._held_head = self._held_head, None
-            if data == _NO_SUCH_ROUTE:
-                self._fail(NotFound(f"the model `{self.model}` does not offer {self.path.decode('latin-1')}"))
-                return
-            self._begin_answer(head)
-        now_s = monotonic()
-        if self._first_byte_s == 0.0:
-            self._first_byte_s = now_s
-            if self._status >= 400:
-                self._error_kind = "replica_answer"  # the engine's word, 4xx mostly
-            elif self._events is not None and self._booking is not None:
-                self._context.router.answered(self._booking, now_s)
-            if self._status < 400:
-                self._measures.time_to_first_token.observe(now_s - self._started_s)
-        elif self._events is not None:
-            self._measures.inter_token.observe(now_s - self._last_byte_s)
-        self._last_byte_s = now_s
-        if self._events is not None:
-            data = self._events.feed(data)
-            if not data:
-                return
-        else:
-            # The usage stands near the end of a body that may come in several pieces.
-            self._tail = data if not self._tail else (self._tail + data)[-8192:]
-        self._client.send_body(data)
+    def first_token(self, now_s: float) -> None:
+        """The replica has prefilled the prompt."""
+        if self._booking is not None:
+            self._context.router.answered(self._booking, now_s)
 
-    def upstream_event(self, framed: bytes, start: int) -> None:
-        events = self._events
-        if events is None or events.holds or self._first_byte_s == 0.0 or b'"usage":' in framed:
-            self.upstream_body(framed[start:-2])
-            self.upstream_flush()
-            return
-        now_s = monotonic()
-        self._measures.inter_token.observe(now_s - self._last_byte_s)
-        self._last_byte_s = now_s
-        if not self._paused:
-            self.deadline_s = now_s + self._context.idle_s
-        self._client.send_chunk(framed, start)
-
-    def upstream_complete(self) -> None:
+    def answer_complete(self) -> None:
+        """All of it has been relayed."""
         self._connection = None
-        if self._events is not None:
-            rest = self._events.rest()
-            if rest:
-                self._client.send_body(rest)
-        self._end(self._status)
+        self._end(self._answer.status)
         self._client.end()
 
-    def upstream_flush(self) -> None:
-        if self._status and not self.done:
-            if not self._paused:
-                self.deadline_s = self._last_byte_s + self._context.idle_s
-            self._client.flush()
-
-    def upstream_lost(self, reason: str) -> None:
+    def answer_lost(self, reason: str) -> None:
+        """The connection ended before the answer did."""
         reused = self._connection is not None and self._connection.exchanges > 0
         self._connection = None
-        if reused and self._status == 0 and self._booking is not None and not self.done:
+        if reused and self._answer.status == 0 and self._booking is not None and not self.done:
             # A kept-alive connection that the replica closed as we wrote: the same replica, on a fresh connection.
             target = self._context.targets.get(self._booking.replica.id)
             if target is not None:
@@ -389,7 +327,7 @@ class Exchange:
 
     # --- failure
 
-    def _try_elsewhere(self) -> bool:
+    def try_elsewhere(self) -> bool:
         """Move to a replica not yet tried. False, changing nothing, when there is none or tries are used up."""
         context, request = self._context, self._request
         if request is None or self._booking is None or self._tries > context.config.retries:
@@ -400,7 +338,7 @@ class Exchange:
             return False
         self._request = request
         self._let_go()
-        self._measures.retries += 1
+        self.measures.retries += 1
         self._take(choice)
         return True
 
@@ -409,17 +347,17 @@ class Exchange:
         if self.done:
             return
         self._connection = None
-        self._measures.count_upstream_error("connect" if suspend else "reset")
+        self.measures.count_upstream_error("connect" if suspend else "reset")
         if suspend and self._booking is not None:
             self._context.suspend(self._booking.replica, reason)
         try:
-            if self._status == 0 and self._try_elsewhere():
+            if self._answer.status == 0 and self.try_elsewhere():
                 return
-            self._fail(UpstreamFailed(f"the replica failed: {reason}"))
+            self.fail(UpstreamFailed(f"the replica failed: {reason}"))
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """End with an error, in the form that the state of the answer allows."""
         if self.done:
             return
@@ -428,15 +366,15 @@ class Exchange:
             log.error("request %s failed", self.request_id.decode(), exc_info=error)
         self._error_kind = type(known).__name__
         client = self._client
-        if self._status == 0:
+        if self._answer.status == 0:
             self._answer_error(known)
-        elif self._events is not None:
+        elif self._answer.events is not None:
             client.send_body(openai.error_event(known))
-            self._end(self._status)
+            self._end(self._answer.status)
             client.end()
         else:
             client.abort()
-            self._end(self._status)
+            self._end(self._answer.status)
 
     def _answer_error(self, error: HeadraceError) -> None:
         body = openai.error_body(error, self.path)
@@ -467,12 +405,13 @@ class Exchange:
         self._let_go()
         context = self._context
         context.active.discard(self)
-        usage = self._events.usage if self._events is not None else openai.find_usage(self._tail)
+        answer = self._answer
+        usage = answer.usage
         now_s = monotonic()
-        measures = self._measures
+        measures = self.measures
         if measures is not context.metrics.unknown:
             measures.in_flight -= 1
-        measures.finish(status, self._error_kind, now_s - self._started_s, usage)
+        measures.finish(status, self._error_kind, now_s - self.started_s, usage)
         prompt, decision, prefixes = self._prompt, self.decision, context.prefixes
         if usage is not None and prompt is not None and decision is not None and prefixes is not None:
             prefixes.settle(decision, prompt, usage)
@@ -485,8 +424,8 @@ class Exchange:
                 error=self._error_kind or None,
                 replica=self._booking.replica.id if self._booking is not None else None,
                 tries=self._tries,
-                duration_s=now_s - self._started_s,
-                ttft_s=self._first_byte_s - self._started_s if self._first_byte_s and status < 400 else None,
+                duration_s=now_s - self.started_s,
+                ttft_s=answer.first_byte_s - self.started_s if answer.first_byte_s and status < 400 else None,
                 usage=usage,
             )
 
