@@ -12,11 +12,14 @@ raise `ConfigError` with every problem found, one per line. Nothing is read from
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from headrace.config_file import ConfigFile
 from headrace.config_problems import Problem, describe
@@ -133,10 +136,24 @@ class Timeouts(Tree):
     keep_alive_s: float = Field(75.0, gt=0, le=3600)
 
 
+def _of_host_form(text: str) -> str:
+    """Whether the name resolves is the machine's business; a scheme, a port or `127.0.0.256` never can."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        label = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+        is_name = re.fullmatch(rf"{label}(\.{label})*\.?", text) and len(text) <= 253
+        if not is_name or re.fullmatch(r"[0-9.]+", text):
+            raise PydanticCustomError("host_form", "not a host") from None
+    return text
+
+
 class Gateway(Tree):
     """The HTTP front."""
 
-    host: str = Field("127.0.0.1", min_length=1)
+    host: Annotated[str, AfterValidator(_of_host_form)] = Field(
+        "127.0.0.1", description="Address to listen on: an IP address or a host name."
+    )
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     policy: Literal[
         "delay",

@@ -35,6 +35,7 @@ PHRASES = {
     "string_too_long": "at most {max_length} characters long",
     "too_short": "a list of at least {min_length}",
     "finite_number": "a finite number",
+    "host_form": "an IP address or a host name, without scheme and port",
 }
 
 
@@ -95,13 +96,18 @@ def _demand(detail: ErrorDetails) -> str:
     context: Mapping[str, Any] = detail.get("ctx", {})
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
-        return f"{words} {context[name]}"
+        return f"{words} {_number(context[name])}"
     if kind in ("literal_error", "enum"):
         return _one_of(str(context["expected"]), detail["input"])
     if kind in PHRASES:
         return PHRASES[kind].format_map(context)
     stem = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
     return KINDS.get(stem, f"otherwise ({detail['msg']})")
+
+
+def _number(bound: object) -> str:
+    """`1`, not `1.0`: pydantic keeps the bounds of a field that may be an integer or a word as floats."""
+    return str(int(bound)) if isinstance(bound, float) and bound.is_integer() else str(bound)
 
 
 def _one_of(expected: str, value: object) -> str:

@@ -1,12 +1,18 @@
-"""What no single field can know: the parts of a configuration that contradict each other. Pure."""
+"""What no single field can know: the parts of a configuration that contradict each other.
+
+Pure but for one look at the disk: a `source` may name a folder.
+"""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from headrace.backends.owned_arguments import OWNED
+from headrace.backends.owned_arguments import EMBEDDED, OWNED, fault_of_value
 from headrace.config import Config, Model, Pool
 from headrace.config_file import KeyPath
 from headrace.config_problems import Problem, dotted
@@ -58,6 +64,8 @@ def _of_model(model: Model, path: KeyPath) -> Iterator[Problem]:
         return
     if model.backend == "simulated":
         yield from _of_simulated(model, path)
+    elif fault := _fault_of_source(model.source):
+        yield Problem((*path, "source"), f"{here}.source is {model.source!r}; {fault}")
     roles = Counter(pool.role for pool in model.pools)
     for index, pool in enumerate(model.pools):
         pool_path: KeyPath = (*path, "pools", index)
@@ -79,7 +87,13 @@ def _of_model(model: Model, path: KeyPath) -> Iterator[Problem]:
 def _of_pool(pool: Pool, model: Model, path: KeyPath) -> Iterator[Problem]:
     here = dotted(path)
     workers = pool.tensor_parallel * pool.pipeline_parallel
-    if pool.device == "cpu" and workers > 1 and pool.cpus < workers:
+    if pool.device == "cpu" and pool.pipeline_parallel > 1:
+        yield Problem(
+            (*path, "pipeline_parallel"),
+            f"{here}.pipeline_parallel is {pool.pipeline_parallel}; on device 'cpu' it must be 1, since vLLM's CPU "
+            "engine ends as it starts with more: use tensor_parallel",
+        )
+    elif pool.device == "cpu" and workers > 1 and pool.cpus < workers:
         yield Problem(
             (*path, "cpus"),
             f"{here}.cpus is {pool.cpus:g}; on device 'cpu' it must be at least {workers}, a core for each of "
@@ -91,9 +105,22 @@ def _of_pool(pool: Pool, model: Model, path: KeyPath) -> Iterator[Problem]:
             f"{here}.engine holds vLLM's arguments; {model.name!r} has none: use 'simulated'",
         )
         return
-    for name in pool.engine:
+    for name, value in pool.engine.items():
         if setting := OWNED.get(name.replace("-", "_")):
             yield Problem((*path, "engine", name), f"{here}.engine.{name} cannot be set here; set {setting}")
+        elif fault := fault_of_value(name.replace("-", "_"), value):
+            yield Problem((*path, "engine", name), f"{here}.engine.{name} is {value!r}; it must be {fault}")
+
+
+def _fault_of_source(source: str) -> str | None:
+    """`embedded`, a path, or `org/name`. A bare word is a folder here or a mistake."""
+    is_path = source.startswith(("/", "./", "../", "~"))
+    if source == EMBEDDED or is_path or re.fullmatch(r"[\w.-]+/[\w.-]+", source) or Path(source).is_dir():
+        return None
+    near = difflib.get_close_matches(source.lower(), (EMBEDDED,), n=1)
+    return f"it must be '{EMBEDDED}', an existing folder, or a Hugging Face id of the form org/name" + (
+        f"; did you mean '{EMBEDDED}'?" if near else ""
+    )
 
 
 def _of_urls(model: Model, path: KeyPath) -> Iterator[Problem]:

@@ -63,3 +63,19 @@ async def test_a_websocket_without_the_token_is_closed() -> None:
 
 async def test_the_lifespan_of_the_app_passes_the_door() -> None:
     assert (await ask(FrontDoor(inside, "secret"), kind="lifespan"))[0]["status"] == 200
+
+
+async def failing(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 500, "headers": []})
+    await send({"type": "http.response.body", "body": b"EngineDeadError"})
+
+
+async def test_a_500_of_a_dead_engine_is_a_503_that_others_may_retry() -> None:
+    start, body = await ask(FrontDoor(failing, "secret", is_broken=lambda: True), RIGHT)
+    assert start["status"] == 503
+    assert json.loads(body["body"])["error"]["code"] == "engine_dead"
+
+
+async def test_a_500_of_a_living_engine_and_a_200_of_a_dead_one_stay_what_they_are() -> None:
+    assert (await ask(FrontDoor(failing, "secret", is_broken=lambda: False), RIGHT))[0]["status"] == 500
+    assert (await ask(FrontDoor(inside, "secret", is_broken=lambda: True), RIGHT))[0]["status"] == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,49 @@ def test_a_simulated_prompt_of_full_length_must_fit_the_cache() -> None:
 
 def test_a_late_report_is_not_a_death() -> None:
     assert "fleet.dead_after_s is 0.1; it must be at least 0.2" in problems({}, fleet={"dead_after_s": 0.1})
+
+
+def test_a_source_that_is_no_folder_and_no_id_is_answered_with_the_nearest_word(tmp_path: Path) -> None:
+    told = problems({"source": "embeded"})
+    assert "models[0].source is 'embeded'" in told
+    assert "did you mean 'embedded'?" in told
+    assert "org/name" in problems({"source": "what is this?"})
+    for source in ("embedded", "Qwen/Qwen3-0.6B", "./weights", str(tmp_path)):
+        parse({"models": [{"name": "m", "source": source}]})
+
+
+def test_pipelines_on_cpu_are_refused_with_the_reason() -> None:
+    told = problems({"pools": [{"device": "cpu", "pipeline_parallel": 2, "cpus": 2}]})
+    assert "pipeline_parallel is 2; on device 'cpu' it must be 1" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("max_num_seqs", -5, "a whole number of at least 1"),
+        ("max_num_seqs", 1.5, "a whole number of at least 1"),
+        ("block-size", 0, "a whole number of at least 1"),
+        ("max_model_len", -2, "a whole number of at least -1"),
+        ("gpu_memory_utilization", 3, "more than 0 and at most 1"),
+    ],
+)
+def test_numbers_that_no_engine_takes_are_found_without_vllm(name: str, value: float, bound: str) -> None:
+    told = problems({"pools": [{"engine": {name: value}}]})
+    assert f"models[0].pools[0].engine.{name} is {value}; it must be {bound}" in told
+
+
+@pytest.mark.parametrize(
+    "host", ["http://x", "127.0.0.1:80", "127.0.0.256", "1.2.3", "a b", "", "-x", "a..b"]
+)
+def test_a_host_that_is_neither_address_nor_name_is_refused(host: str) -> None:
+    assert "it must be an IP address or a host name" in problems({}, gateway={"host": host})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "::1", "localhost", "node-1.example.org", "my_host"])
+def test_addresses_and_names_are_hosts(host: str) -> None:
+    parse({"models": [{"name": "m"}], "gateway": {"host": host}})
+
+
+def test_bounds_of_whole_numbers_are_whole() -> None:
+    assert "it must be at least 1" in problems({"pools": [{"replicas": 0}]})
+    assert "1.0" not in problems({"pools": [{"replicas": 0}]})

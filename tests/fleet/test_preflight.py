@@ -33,12 +33,6 @@ def test_a_folder_without_a_model_is_not_taken_for_one(tmp_path: Path) -> None:
     check_sources(config(str(tmp_path)))
 
 
-def test_what_is_neither_folder_nor_id_is_refused() -> None:
-    with pytest.raises(FatalStartError, match="neither a folder nor a Hugging Face id"):
-        check_sources(config("what is this?"))
-    check_sources(config("Qwen/Qwen3-0.6B"))
-
-
 def test_relative_folders_are_made_absolute_and_ids_are_left_alone() -> None:
     (model,) = with_absolute_sources(config("./weights")).models
     assert model.source == str(Path("weights").absolute())

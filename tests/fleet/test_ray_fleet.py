@@ -97,7 +97,7 @@ async def test_a_killed_replica_leaves_within_a_second_and_comes_back_as_another
     assert again.boot_id != victim.boot_id
     assert after.version > without.version
     row = next(row for row in (await fleet.status()).replicas if row.id == victim.id)
-    assert (row.restarts, row.reason) == (1, "its process died")
+    assert (row.restarts, row.reason, row.last_failure) == (1, "", "its process died")
 
 
 async def test_a_restarted_controller_finds_its_replicas_by_name(fleet: Fleet) -> None:

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.fleet.reconcile import (
-    MAX_FATAL_FAILURES,
     STABLE_AFTER_S,
     Action,
     Kill,
@@ -41,11 +40,15 @@ def test_repeated_failures_wait_longer_each_time() -> None:
     assert decide([A], [failed], 12.0) == (Start(A),)
 
 
-def test_a_fatal_reason_is_given_a_second_try_and_no_third() -> None:
-    once = Observed(A, ReplicaState.FAILED, 0, failures=1, is_fatal=True)
-    twice = Observed(A, ReplicaState.FAILED, 0, failures=MAX_FATAL_FAILURES, is_fatal=True)
-    assert decide([A], [once], 0) == (Start(A),)
-    assert decide([A], [twice], 1e9) == ()
+def test_a_fatal_reason_is_given_no_second_try() -> None:
+    failed = Observed(A, ReplicaState.FAILED, 0, failures=1, is_fatal=True)
+    assert decide([A], [failed], 1e9) == ()
+
+
+def test_a_replica_that_has_been_ready_is_tried_again_whatever_the_reason() -> None:
+    failed = Observed(A, ReplicaState.FAILED, 0, failures=2, is_fatal=True, was_ready=True)
+    assert decide([A], [failed], 0.5) == ()
+    assert decide([A], [failed], 1) == (Start(A),)
 
 
 def test_a_start_that_takes_too_long_is_killed_with_the_bound_named() -> None:
@@ -71,13 +74,19 @@ IDS = [ReplicaId(name) for name in "abcd"]
     desired=st.sets(st.sampled_from(IDS)),
     replicas=st.dictionaries(
         st.sampled_from(IDS),
-        st.tuples(st.sampled_from(list(ReplicaState)), st.floats(0, 100), st.integers(0, 50), st.booleans()),
+        st.tuples(
+            st.sampled_from(list(ReplicaState)),
+            st.floats(0, 100),
+            st.integers(0, 50),
+            st.booleans(),
+            st.booleans(),
+        ),
     ),
     now_s=st.floats(100, 1e6),
 )
 def test_no_replica_is_told_two_things_and_none_is_forgotten(
     desired: set[ReplicaId],
-    replicas: dict[ReplicaId, tuple[ReplicaState, float, int, bool]],
+    replicas: dict[ReplicaId, tuple[ReplicaState, float, int, bool, bool]],
     now_s: float,
 ) -> None:
     observed = {id: Observed(id, *values) for id, values in replicas.items()}

@@ -35,7 +35,7 @@ def test_a_restart_between_two_looks_is_told_with_its_reason() -> None:
     err = io.StringIO()
     screen = Screen(io.StringIO(), err)
     screen.changes(fleet(READY))
-    screen.changes(fleet(replace(READY, restarts=1, reason="its process died")))
+    screen.changes(fleet(replace(READY, restarts=1, last_failure="its process died")))
     assert "m-unified-0: its process died; started again" in err.getvalue().splitlines()
 
 
@@ -65,3 +65,36 @@ def test_json_carries_every_field_of_every_replica() -> None:
 
 def test_durations_are_read_at_a_glance() -> None:
     assert [duration(s) for s in (5, 185, 7500, 3 * 86400 + 4 * 3600)] == ["5s", "3m05s", "2h05m", "3d04h"]
+
+
+def test_many_replicas_that_do_the_same_share_a_line_and_failures_never_do() -> None:
+    err = io.StringIO()
+    screen = Screen(io.StringIO(), err)
+    many = [replace(STARTING, id=ReplicaId(f"m-unified-{n}")) for n in range(16)]
+    screen.progress(fleet(*many))
+    failed = [replace(row, state=ReplicaState.FAILED, reason="why") for row in many]
+    screen.changes(fleet(*failed))
+    lines = err.getvalue().splitlines()
+    assert lines[0] == "m-unified-0 and 15 more: starting, engine (12 s)"
+    assert len(lines) == 1 + 16
+
+
+def test_a_start_that_has_nothing_to_tell_says_so_every_15_seconds() -> None:
+    now_s = 0.0
+    err = io.StringIO()
+    screen = Screen(io.StringIO(), err, clock=lambda: now_s)
+    for now_s in (0.0, 14.0, 16.0, 20.0, 31.0, 32.0):  # noqa: B007 - read by the clock
+        screen.progress(fleet(STARTING))
+    lines = err.getvalue().splitlines()
+    assert lines[1:] == ["still starting, 0 of 1 ready: m-unified-0: starting, engine (12 s)"] * 2
+
+
+def test_the_banner_says_how_headrace_is_called() -> None:
+    out = io.StringIO()
+    Screen(out, io.StringIO()).ready("http://127.0.0.1:1234", fleet(READY))
+    assert "headrace status" in out.getvalue()
+
+
+def test_a_fleet_that_starts_has_no_url_yet() -> None:
+    assert "starting; will be at http://x" in str(status_table(fleet(STARTING), "http://x", False).title)
+    assert as_data(fleet(STARTING), "http://x", False)["state"] == "starting"

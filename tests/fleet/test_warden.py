@@ -72,3 +72,34 @@ def test_a_killed_owner_takes_its_marked_children_along(mark: str) -> None:
     assert select.select([descriptor], [], [], 10)[0]
     os.close(descriptor)
     assert warden.marked(mark) == []
+
+
+HOLDER = """
+from multiprocessing import get_context, resource_tracker, shared_memory
+import signal
+memory = shared_memory.SharedMemory(create=True, size=64)
+lock = get_context("spawn").Lock()
+print(memory.name, lock._semlock.name, flush=True)
+signal.pause()
+"""
+
+
+def test_shared_memory_of_the_killed_goes_with_them_and_that_of_others_stays(mark: str) -> None:
+    ours, other = (
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        for environment in (marked_environment(mark), os.environ)
+    )
+    try:
+        assert ours.stdout is not None and other.stdout is not None
+        names, others = ours.stdout.readline().decode().split(), other.stdout.readline().decode().split()
+        paths, kept = (f"/dev/shm/{names[0]}", f"/dev/shm/sem.{names[1][1:]}"), f"/dev/shm/{others[0]}"
+        assert all(map(os.path.exists, (*paths, kept)))
+        warden.end_all(mark, grace_s=0)
+        assert not any(map(os.path.exists, paths))
+        assert os.path.exists(kept)
+    finally:
+        for process in (ours, other):
+            process.terminate()
+            process.communicate()

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from headrace.backends.base import Progress
+from headrace.backends.owned_arguments import EMBEDDED
 from headrace.errors import FatalStartError, StartError
 
-SOURCE = "embedded"
-"""What a model's `source` says when it means this one."""
+SOURCE = EMBEDDED
 
 NUM_WEIGHT_BYTES = 270 * 1024 * 1024
 """Size of the converted weights, for estimates made before the conversion."""

@@ -29,14 +29,25 @@ _CLOSED = {
 }
 
 
+_BROKEN = {
+    "message": "this replica's engine died before it answered",
+    "type": "service_unavailable",
+    "param": None,
+    "code": "engine_dead",
+}
+
+
 class FrontDoor:
     """Lets in requests that carry `authorization: Bearer <token>`; everything when `token` is None.
 
-    After `close()` every new request gets 503 while those inside finish.
+    After `close()` every new request gets 503 while those inside finish. While `is_broken()` an answer that would
+    begin with 500 becomes 503: it is the engine's death that speaks, not the request's fault, and whoever asked
+    may ask another replica.
     """
 
-    def __init__(self, app: App, token: str | None) -> None:
+    def __init__(self, app: App, token: str | None, is_broken: Callable[[], bool] = lambda: False) -> None:
         self._app = app
+        self._is_broken = is_broken
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._is_open = True
 
@@ -51,8 +62,25 @@ class FrontDoor:
             await _refuse(scope, receive, send, 401, _UNAUTHORIZED)
         elif not self._is_open:
             await _refuse(scope, receive, send, 503, _CLOSED)
+        elif scope["type"] == "http":
+            await self._app(scope, receive, self._unless_broken(scope, receive, send))
         else:
             await self._app(scope, receive, send)
+
+    def _unless_broken(self, scope: Scope, receive: Receive, send: Send) -> Send:
+        is_replaced = False
+
+        async def checked(message: MutableMapping[str, Any]) -> None:
+            nonlocal is_replaced
+            if is_replaced:
+                return
+            if message["type"] == "http.response.start" and message["status"] == 500 and self._is_broken():
+                is_replaced = True
+                await _refuse(scope, receive, send, 503, _BROKEN)
+                return
+            await send(message)
+
+        return checked
 
     def _admits(self, scope: Scope) -> bool:
         if self._expected is None:

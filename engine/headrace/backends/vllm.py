@@ -173,7 +173,7 @@ class VllmBackend:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, args, tasks)
-        self._door = FrontDoor(app, self._token)
+        self._door = FrontDoor(app, self._token, lambda: self._engine is None or self._engine.errored)
         listening = _bind(self._host)
         port = listening.getsockname()[1]
         config = uvicorn.Config(

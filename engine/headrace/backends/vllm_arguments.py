@@ -82,7 +82,13 @@ def parse(settings: EngineSettings) -> Namespace:
             known = [action.dest for action in self._actions]
             raise FatalStartError(f"pools[].engine of model {settings.model!r}: {explain(message, known)}")
 
-    namespace: Namespace = make_arg_parser(Parser()).parse_args(command_line(settings))
+    # Without abbreviations: `max_num_seq` is a typo, whatever it would be short for.
+    namespace: Namespace = make_arg_parser(Parser(allow_abbrev=False)).parse_args(command_line(settings))
+    if stray := getattr(namespace, "model_tag", None):  # vLLM's one argument without a name
+        raise FatalStartError(
+            f"pools[].engine of model {settings.model!r}: {stray!r} is one value too many; flags take true or "
+            "false, the others one value"
+        )
     return namespace
 
 
@@ -90,7 +96,22 @@ def explain(message: str, known: list[str]) -> str:
     """argparse's complaint in one line, in the user's terms: Python names, and the nearest one for a typo."""
     unknown = re.match(r"unrecognized arguments: --(?:no-)?([a-z0-9-]+)", message)
     if unknown is None:
-        return " ".join(message.split())
+        return _told(" ".join(message.split()))
     name = unknown[1].replace("-", "_")
     near = difflib.get_close_matches(name, known, n=1)
     return f"vLLM has no engine argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _told(message: str) -> str:
+    """`argument --max-model-len: invalid ... value: 'lots'` in the words of the configuration."""
+    found = re.match(r"argument --([a-z0-9-]+): (?:invalid (\w+) value|invalid choice): (.+)", message)
+    if found is None:
+        return message
+    name, kind, value = found[1].replace("-", "_"), found[2], found[3]
+    if kind is None:
+        given, _, choices = value.removesuffix(")").partition(" (choose from ")
+        return f"{name} is {given}; it must be one of {choices}"
+    form = (
+        "a whole number, or one such as 32k" if kind.startswith("human_readable_int") else f"of kind {kind}"
+    )
+    return f"{name} is {value}; it must be {form}" + (", or auto" if kind.endswith("_or_auto") else "")

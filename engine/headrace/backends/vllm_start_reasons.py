@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from headrace.backends import cache_size
 from headrace.backends.vllm_arguments import EngineSettings
 from headrace.errors import FatalStartError, StartError
 
@@ -23,12 +24,39 @@ def start_reasons(settings: EngineSettings) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, NotImplementedError) as error:  # pydantic's ValidationError is a ValueError
-        raise FatalStartError(f"vLLM refuses {settings.path}: {_one_line(str(error))}") from error
+        raise FatalStartError(f"vLLM refuses {settings.path}: {explained(str(error), settings)}") from error
     except Exception as error:  # whatever an engine's start may raise: the host decides whether to try again
         cause = _last_error_in_log(log_start)
-        reason = cause or _one_line(str(error)) or type(error).__name__
+        reason = explained(cause or str(error), settings) or type(error).__name__
         family = FatalStartError if cause and cause.startswith(("ValueError", "OSError")) else StartError
         raise family(f"the engine of {settings.model!r} did not start: {reason}") from error
+
+
+def explained(text: str, settings: EngineSettings) -> str:
+    """vLLM's complaint in one line, with what to do where vLLM speaks of something that is set elsewhere here."""
+    told = _one_line(text)
+    if "GiB KV cache is needed" in text or "No available memory for the cache blocks" in text:
+        given = settings.arguments.get("kv_cache_memory_bytes")
+        least = cache_size.least_bytes(Path(settings.path), settings.arguments)
+        if isinstance(given, int) and least is not None and given < least[0]:
+            return f"pools[].engine.{cache_size.complaint(given, *least)}"
+        first, _, _ = told.removeprefix("ValueError: ").partition(" Try increasing")
+        key = (
+            "kv_cache_memory_bytes"
+            if given is not None
+            else "gpu_memory_utilization or kv_cache_memory_bytes"
+        )
+        return f"{first} Raise pools[].engine.{key}, or lower max_model_len"
+    if re.search(
+        r"couldn't connect to|Connection ?Error|offline mode|LocalEntryNotFound", text, re.IGNORECASE
+    ):
+        return (
+            f"{told.rstrip('.')}; is this machine offline? Set models[].source to a folder with the model, or fetch "
+            f"it where there is a network: `hf download {settings.path}`"
+        )
+    if re.search(r"not a valid model identifier|Repository Not Found|404 Client Error", text):
+        return f"{told.rstrip('.')}; check models[].source; a private or gated model needs HF_TOKEN to be set"
+    return told
 
 
 def _one_line(text: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from headrace.errors import FatalStartError, StartError
@@ -31,6 +33,7 @@ class Connection:
     is_local: bool
     mark: str = ""
     auth_token: str | None = None
+    session: Path | None = None  # Ray's folder of logs and sockets, of a cluster of our own
 
 
 def start_local() -> Connection:
@@ -49,7 +52,8 @@ def start_local() -> Connection:
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
     )
-    return Connection(context.address_info["address"], True, f"{RUN_MARK}={mark}", token)
+    info = context.address_info
+    return Connection(info["address"], True, f"{RUN_MARK}={mark}", token, Path(info["session_dir"]))
 
 
 def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -> Connection:
@@ -80,13 +84,23 @@ def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -
     return Connection(context.address_info["address"], False)
 
 
-def leave(connection: Connection | None) -> None:
-    """Disconnect; end our own cluster and wait until none of its processes is left. Blocks for some seconds."""
+def leave(connection: Connection | None, *, keep_logs: bool = False) -> None:
+    """Disconnect; end our own cluster, wait until none of its processes is left, remove its folder in /tmp.
+
+    Blocks for some seconds. `keep_logs` leaves the folder, for people who look for the cause of a failure.
+    """
     import ray
 
     ray.shutdown()
-    if connection is not None and connection.mark:
-        warden.end_all(connection.mark, _MARK_GRACE_S)
+    if connection is None or not connection.mark:
+        return
+    warden.end_all(connection.mark, _MARK_GRACE_S)
+    session = connection.session
+    if session is not None and not keep_logs:
+        shutil.rmtree(session, ignore_errors=True)
+        latest = session.parent / "session_latest"
+        if latest.is_symlink() and latest.readlink().name == session.name:
+            latest.unlink(missing_ok=True)
 
 
 def _init(**arguments: Any) -> Any:

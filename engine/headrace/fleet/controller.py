@@ -165,8 +165,7 @@ class Controller:
                 self._failed(slot, outcome.reason, outcome.is_fatal)
                 return
             await self._take_pulse(slot)
-            slot.started = outcome
-            slot.enter(ReplicaState.READY, time.monotonic())
+            slot.become_ready(outcome, time.monotonic())
             self._publish()
             reason = await slot.hosted.actor.watch.remote()
             self._failed(slot, reason, is_fatal=False)

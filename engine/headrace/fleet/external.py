@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from headrace.config import Config
@@ -16,7 +16,7 @@ from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState, 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_SILENT = "does not answer, or not as a server of this model"
+_SILENT = "does not answer"
 
 
 class ExternalMembers:
@@ -46,6 +46,7 @@ class ExternalMembers:
 
     def rows(self) -> list[ReplicaStatus]:
         now_s = time.monotonic()
+        problems = {name: _by_url(fleet.problems) for name, fleet in self._fleets.items()}
         rows = [
             ReplicaStatus(
                 id=replica.id,
@@ -55,11 +56,14 @@ class ExternalMembers:
                 state_s=now_s - self._since_s.get((replica.id, replica.state), now_s),
                 is_external=True,
                 url=replica.endpoints.url,
-                reason="" if replica.state is ReplicaState.READY else _SILENT,
+                reason=""
+                if replica.state is ReplicaState.READY
+                else problems[name].get(replica.endpoints.url, _SILENT),
             )
-            for replica in self.replicas()
+            for name, known in self._known.items()
+            for replica in known.replicas
         ]
-        known = {row.url for row in rows}
+        shown = {row.url for row in rows}
         return rows + [
             ReplicaStatus(
                 id=ReplicaId(urlsplit(url).netloc.rpartition("@")[2]),
@@ -69,11 +73,11 @@ class ExternalMembers:
                 state_s=now_s - self._began_s,
                 is_external=True,
                 url=url,
-                reason=_SILENT,
+                reason=problem,
             )
-            for name, fleet in self._fleets.items()
-            for url in fleet.unreachable
-            if url not in known
+            for name, told in problems.items()
+            for url, problem in told.items()
+            if url not in shown
         ]
 
     async def _follow(self, name: str) -> None:
@@ -90,3 +94,8 @@ class ExternalMembers:
                 states = [(replica.id, replica.state) for replica in self.replicas()]
                 self._since_s = {state: self._since_s.get(state, now_s) for state in states}
                 self._changed()
+
+
+def _by_url(problems: Iterable[str]) -> dict[str, str]:
+    """`http://a:1 does not answer`: by its first word."""
+    return {url: problem for url, _, problem in (line.partition(" ") for line in problems)}

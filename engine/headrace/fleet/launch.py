@@ -14,6 +14,8 @@ import os
 import secrets
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from headrace.config import Config
@@ -21,7 +23,7 @@ from headrace.errors import FatalStartError, StartError
 from headrace.fleet import cluster, preflight, run_file
 from headrace.fleet.membership import ControllerMembership
 from headrace.fleet.screen import Screen
-from headrace.fleet.specs import expand
+from headrace.fleet.specs import Device, expand
 from headrace.fleet.status import FleetStatus
 from headrace.gateway.server import GatewayServer
 
@@ -56,14 +58,22 @@ class Launch:
         self._controller: Any = None
         self._told_to_stop = asyncio.Event()
         self._announcement = contextlib.ExitStack()
+        self._had_failure = False
+        self.logs: Path | None = None
 
     async def run(self) -> None:
-        """Return after SIGINT or SIGTERM, with everything gone. Raises StartError when the start fails, likewise."""
+        """Return after SIGINT or SIGTERM, with everything gone. Raises StartError when the start fails, likewise.
+
+        Afterwards `logs` is where to look for the cause, None where nothing failed.
+        """
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._told_to_stop.set)
         try:
             await self._until_told_to_stop(self._bring_up_and_stay())
+        except StartError:
+            self._had_failure = True
+            raise
         finally:
             self._screen.end_progress()
             self._told_to_stop.clear()
@@ -86,16 +96,25 @@ class Launch:
         host, port = self._gateway.bind()
         self._check_machine()
         connection = await self._connect()
-        await self._check_cluster()
+        num_cores = await self._check_cluster()
         token = secrets.token_urlsafe(32)
         await self._start_controller(connection, token)
-        status = await self._wait_until_ready()
-        await self._gateway.start(internal_token=token)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        pid, name = os.getpid(), self._config.fleet.name
-        run = run_file.Run(pid, run_file.began(pid), name, url, connection.address, connection.auth_token)
+        run = run_file.Run(
+            pid=os.getpid(),
+            began=run_file.began(os.getpid()),
+            fleet=self._config.fleet.name,
+            url=url,
+            ray_address=connection.address,
+            auth_token=connection.auth_token,
+            num_cores=num_cores if connection.is_local else 0.0,
+        )
         with contextlib.suppress(OSError):  # without the file only `headrace status` is lost
             self._announcement.enter_context(run_file.announced(run))
+        status = await self._wait_until_ready()
+        await self._gateway.start(internal_token=token)
+        with contextlib.suppress(OSError):
+            run_file.write(replace(run, is_ready=True))
         self._screen.ready(url, status)
         await self._stay()
 
@@ -103,6 +122,7 @@ class Launch:
         preflight.check_packages(self._config)
         if self._address is None:
             preflight.check_sources(self._config)
+            preflight.check_caches(self._config)
             specs = expand(self._config, len(os.sched_getaffinity(0)), num_gpus=0)
             asked_for_gpus = any(spec.num_gpus for spec in specs)
             if not asked_for_gpus and not _has_gpus():
@@ -118,12 +138,22 @@ class Launch:
         self._connecting = asyncio.ensure_future(connecting)
         return await asyncio.shield(self._connecting)
 
-    async def _check_cluster(self) -> None:
+    async def _check_cluster(self) -> float:
+        """Returns the cores that CPU replicas will hold."""
         import ray
 
         resources: dict[str, float] = await asyncio.to_thread(ray.cluster_resources)
         num_cores, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        preflight.check_devices(expand(self._config, num_cores, num_gpus), num_cores, num_gpus)
+        specs = expand(self._config, num_cores, num_gpus)
+        preflight.check_devices(specs, num_cores, num_gpus)
+        held = sum(spec.cpus for spec in specs if spec.device is Device.CPU)
+        if held and self._address is None:
+            for other in preflight.holding_cores(run_file.running()):
+                self._screen.say(
+                    f"warning: fleet {other.fleet!r} (pid {other.pid}, {other.url}) computes on {other.num_cores:g} of "
+                    "this machine's cores too; both will be slow"
+                )
+        return held
 
     async def _start_controller(self, connection: cluster.Connection, token: str) -> None:
         from headrace.fleet import controller
@@ -140,6 +170,7 @@ class Launch:
         while True:
             # A controller that dies meanwhile is restarted by Ray, and asked again.
             status: FleetStatus = await self._controller.status.remote()
+            self._note_failures(status)
             self._screen.progress(status)
             own = [replica for replica in status.replicas if not replica.is_external]
             for replica in own:
@@ -168,12 +199,18 @@ class Launch:
                 is_away = True
                 continue
             is_away = False
+            self._note_failures(status)
             self._screen.changes(status)
+
+    def _note_failures(self, status: FleetStatus) -> None:
+        self._had_failure |= any(replica.failures or replica.restarts for replica in status.replicas)
 
     async def _tear_down(self) -> None:
         drain_s = self._config.fleet.drain_timeout_s
         if self._gateway.context is not None:
             self._screen.say(f"stopping: running requests have {drain_s:g} s; once more to cut them")
+        elif self._connecting is not None:
+            self._screen.say("stopping what has started (some seconds)")
         if not await self._until_told_to_stop(self._gateway.stop(drain_s)):
             await self._gateway.stop(0.0)
         self._announcement.close()
@@ -184,7 +221,9 @@ class Launch:
             connection = await self._connecting
         if connection is not None and self._controller is not None:
             await self._end_fleet(connection)
-        await asyncio.to_thread(cluster.leave, connection)
+        if connection is not None and connection.session is not None and self._had_failure:
+            self.logs = connection.session / "logs"
+        await asyncio.to_thread(cluster.leave, connection, keep_logs=self._had_failure)
 
     async def _end_fleet(self, connection: cluster.Connection) -> None:
         """The gateway has drained, so replicas end at once. Our own cluster's end takes care of what this misses."""

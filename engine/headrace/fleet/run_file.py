@@ -22,6 +22,8 @@ class Run:
     url: str
     ray_address: str
     auth_token: str | None  # of its Ray cluster, None where the environment must say
+    num_cores: float = 0.0  # of this machine that its replicas compute on
+    is_ready: bool = False
 
 
 def folder() -> Path:
@@ -33,16 +35,25 @@ def folder() -> Path:
 @contextlib.contextmanager
 def announced(run: Run) -> Iterator[None]:
     """Be found for as long as the context lasts."""
-    path = folder() / f"{run.pid}.json"
+    path = _path(run)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    unfinished = path.with_suffix(".part")
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(asdict(run), file)
-    unfinished.rename(path)
+    write(run)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def write(run: Run) -> None:
+    """Say it anew, for a run that is announced."""
+    unfinished = _path(run).with_suffix(".part")
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(asdict(run), file)
+    unfinished.rename(_path(run))
+
+
+def _path(run: Run) -> Path:
+    return folder() / f"{run.pid}.json"
 
 
 def running() -> list[Run]:
@@ -57,6 +68,7 @@ def running() -> list[Run]:
             runs.append(run)
         else:
             path.unlink(missing_ok=True)
+            path.with_suffix(".stderr").unlink(missing_ok=True)  # see `raw_output`
     return runs
 
 

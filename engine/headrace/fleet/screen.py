@@ -7,8 +7,11 @@ line and the example, for people and for programs that wait for it.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -26,11 +29,25 @@ _COLOURS = {
 }
 
 
+_SILENCE_S = 15.0
+"""Without a terminal, a start that has nothing new to tell says after so long that it still goes on."""
+
+_SUMMARY_FROM = 4
+"""So many replicas that do the same at once share one line."""
+
+
 class Screen:
     """One `serve`'s output. Keeps the standard streams of the moment it is made."""
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._out = out or sys.stdout
+        self._clock = clock
+        self._said_s = clock()
         self._console = Console(file=err or sys.stderr, highlight=False)
         self._live: Live | None = None
         self._shown: dict[str, tuple[str, str]] = {}
@@ -38,12 +55,20 @@ class Screen:
 
     def say(self, line: str) -> None:
         """One line about what happens."""
+        self._said_s = self._clock()
         self._console.print(Text(line), soft_wrap=True)
 
     def progress(self, status: FleetStatus) -> None:
         """The fleet while it starts."""
         if not self._console.is_terminal:
             self.changes(status)
+            if self._clock() - self._said_s >= _SILENCE_S:
+                late = [describe(replica) for replica in status.replicas if not replica.is_ready]
+                more = f" and {len(late) - 2} more" if len(late) > 2 else ""
+                self.say(
+                    f"still starting, {status.num_ready} of {len(status.replicas)} ready: "
+                    f"{'; '.join(late[:2])}{more}"
+                )
             return
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
@@ -51,15 +76,22 @@ class Screen:
         self._live.update(_progress_table(status.replicas))
 
     def changes(self, status: FleetStatus) -> None:
-        """One line per replica whose state or phase is not what it was."""
+        """One line per replica whose state or phase is not what it was; one for all where many do the same."""
+        changed: dict[tuple[str, str], list[ReplicaStatus]] = {}
         for replica in status.replicas:
             if replica.restarts > self._restarts.get(replica.id, 0):
                 # It may have failed and come back between two looks.
-                self.say(f"{replica.id}: {replica.reason}; started again")
+                self.say(f"{replica.id}: {replica.last_failure}; started again")
             self._restarts[replica.id] = replica.restarts
             now = (replica.state.value, replica.phase if replica.state in _STARTING else "")
             if self._shown.get(replica.id) != now:
                 self._shown[replica.id] = now
+                changed.setdefault(now, []).append(replica)
+        for same in changed.values():
+            if len(same) >= _SUMMARY_FROM and same[0].state is not ReplicaState.FAILED:
+                self.say(f"{same[0].id} and {len(same) - 1} more: {_doing(same[0])}")
+                continue
+            for replica in same:
                 self.say(describe(replica))
 
     def end_progress(self) -> None:
@@ -69,6 +101,7 @@ class Screen:
 
     def ready(self, url: str, status: FleetStatus) -> None:
         """The banner. Waiting programs look for the line `ready: URL`."""
+        command = _own_command()
         self.end_progress()
         self._shown = {replica.id: (replica.state.value, "") for replica in status.replicas}
         models = sorted({replica.model for replica in status.replicas})
@@ -80,6 +113,10 @@ class Screen:
         print(
             f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
             file=self._out,
+        )
+        print(
+            f"see:   {command} status; {command} explain --url {url}; Ctrl-C ends it",
+            file=self._out,
             flush=True,
         )
 
@@ -89,17 +126,21 @@ _STARTING = (ReplicaState.PENDING, ReplicaState.STARTING)
 
 def describe(replica: ReplicaStatus) -> str:
     """`smollm2-unified-0: starting, engine (12 s)`."""
+    pid = f", pid {replica.pid}" if replica.is_ready and replica.start_s else ""
+    return f"{replica.id}: {_doing(replica)}{pid}"
+
+
+def _doing(replica: ReplicaStatus) -> str:
     if replica.state in _STARTING:
-        doing = replica.phase or "waiting for a place"
-        return f"{replica.id}: {replica.state.value}, {doing} ({replica.state_s:.0f} s)"
-    if replica.state is ReplicaState.READY and replica.start_s:
-        return f"{replica.id}: ready after {replica.start_s:.0f} s, pid {replica.pid}"
+        return f"{replica.state.value}, {replica.phase or 'waiting for a place'} ({replica.state_s:.0f} s)"
+    if replica.is_ready and replica.start_s:
+        return f"ready after {replica.start_s:.0f} s"
     if replica.state is ReplicaState.FAILED:
         if replica.is_external:
-            return f"{replica.id}: {replica.reason}"
+            return replica.reason
         then = "not started again" if replica.has_given_up else "to be started again"
-        return f"{replica.id}: failed, {replica.reason}; {then}"
-    return f"{replica.id}: {replica.state.value}"
+        return f"failed, {replica.reason}; {then}"
+    return replica.state.value
 
 
 def _progress_table(replicas: Iterable[ReplicaStatus]) -> Table:
@@ -117,9 +158,22 @@ def _progress_table(replicas: Iterable[ReplicaStatus]) -> Table:
     return table
 
 
-def status_table(status: FleetStatus, url: str) -> Table:
-    """The table of `headrace status`."""
-    title = f"fleet {status.fleet}" + (f" at {url}" if url else "")
+def _own_command() -> str:
+    """How to call `headrace` from where the user is: by its name where PATH has it, else by its path."""
+    own = Path(sys.argv[0])
+    if own.name != "headrace":  # python -m headrace.cli
+        return "headrace"
+    found = shutil.which("headrace")
+    if found is not None and Path(found).resolve() == own.resolve():
+        return "headrace"
+    here = Path.cwd()
+    return str(own.absolute().relative_to(here) if own.absolute().is_relative_to(here) else own.absolute())
+
+
+def status_table(status: FleetStatus, url: str, is_ready: bool = True) -> Table:
+    """The table of `headrace status`. A gateway that is not ready does not listen yet."""
+    where = f" at {url}" if is_ready else f", starting; will be at {url}"
+    title = f"fleet {status.fleet}" + (where if url else "")
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for heading in ("replica", "model", "role", "state"):
         table.add_column(heading)

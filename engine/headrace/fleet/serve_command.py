@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import uvloop
 
 from headrace import config as configuration
 from headrace.config import Config, Gateway
+from headrace.fleet import run_file
 from headrace.fleet.launch import Launch
+from headrace.fleet.raw_output import RawOutput
 from headrace.fleet.screen import Screen
 
 
@@ -21,23 +24,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headrace serve`."""
     parser.add_argument("config", metavar="CONFIG", help="the configuration, a YAML file")
-    parser.add_argument("--host", help="address to listen on, instead of gateway.host")
-    parser.add_argument("--port", type=int, help="instead of gateway.port; 0 takes a free one")
+    parser.add_argument("--host", help="address to listen on (default: gateway.host of CONFIG)")
     parser.add_argument(
-        "--address", help="a running Ray cluster to use, HOST:PORT or auto; default: start one here"
+        "--port", type=int, help="port to listen on, 0 takes a free one (default: gateway.port of CONFIG)"
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the running Ray cluster to join, or `auto` (default: start one on this machine)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises HeadraceError when it cannot start; nothing is left then."""
     config = with_overrides(configuration.load(args.config), args.host, args.port)
+    raw = RawOutput(run_file.folder() / f"{os.getpid()}.stderr")
+    raw.divert()
     screen = Screen()
-    uvloop.run(_serve(config, screen, args.address))
+    launch = Launch(config, screen, args.address)
+    try:
+        uvloop.run(launch.run())
+    finally:
+        if launch.logs is None:
+            raw.remove()
+        else:
+            raw.keep_in(launch.logs)
+            screen.say(f"logs: {launch.logs}")
+    screen.say("stopped")
     return 0
-
-
-async def _serve(config: Config, screen: Screen, address: str | None) -> None:
-    await Launch(config, screen, address).run()
 
 
 def with_overrides(config: Config, host: str | None, port: int | None) -> Config:

@@ -24,6 +24,7 @@ class Slot:
     failures: int = 0
     is_fatal: bool = False
     reason: str = ""
+    was_ready: bool = False
     starts: int = 0
     placement: Placement | None = None
     hosted: Hosted | None = None
@@ -35,8 +36,12 @@ class Slot:
         if state is not self.state:
             self.state, self.since_s = state, now_s
 
+    def become_ready(self, started: Started, now_s: float) -> None:
+        self.started, self.was_ready = started, True
+        self.enter(ReplicaState.READY, now_s)
+
     def fail(self, reason: str, is_fatal: bool, now_s: float) -> None:
-        """The replica is gone; the reason stays until the next failure."""
+        """The replica is gone."""
         self.failures = failures_after(self.observed, now_s)
         self.reason, self.is_fatal = reason, is_fatal
         self.started = self.pulse = self.placement = None
@@ -44,7 +49,7 @@ class Slot:
 
     @property
     def observed(self) -> Observed:
-        return Observed(self.spec.id, self.state, self.since_s, self.failures, self.is_fatal)
+        return Observed(self.spec.id, self.state, self.since_s, self.failures, self.is_fatal, self.was_ready)
 
     @property
     def replica(self) -> Replica | None:
@@ -85,7 +90,8 @@ class Slot:
             boot_id=self.started.boot_id if self.started else "",
             restarts=max(0, self.starts - 1),
             failures=self.failures,
-            is_fatal=self.is_fatal,
+            is_fatal=self.is_fatal and self.state is ReplicaState.FAILED,
             has_given_up=has_given_up(self.observed),
-            reason=self.reason,
+            reason="" if self.state is ReplicaState.READY else self.reason,
+            last_failure=self.reason,
         )

@@ -43,9 +43,10 @@ class ReplicaStatus:
     boot_id: str = ""
     restarts: int = 0  # starts after the first
     failures: int = 0  # in a row
-    is_fatal: bool = False  # the last failure will happen again
+    is_fatal: bool = False  # it failed in a way that will happen again
     has_given_up: bool = False
-    reason: str = ""  # of the last failure
+    reason: str = ""  # why it is not ready
+    last_failure: str = ""  # stays when it is ready again
     is_external: bool = False  # somebody else's server, probed only
 
     @property

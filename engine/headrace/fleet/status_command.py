@@ -30,28 +30,42 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headrace status`."""
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument(
-        "--address", help="a Ray cluster, HOST:PORT or auto; default: the fleet on this machine"
+        "--address",
+        metavar="HOST:PORT",
+        help="the Ray cluster to ask, or `auto` (default: that of the fleet on this machine)",
     )
-    parser.add_argument("--fleet", help="its fleet.name, where several run")
-    parser.add_argument("--pid", type=int, help="of its `headrace serve`, where several of one name run")
+    parser.add_argument(
+        "--fleet",
+        metavar="NAME",
+        help="fleet.name of the one meant, where several run (default: the one that runs; with --address: headrace)",
+    )
+    parser.add_argument("--url", help="its gateway, where several of one name run on this machine")
+    parser.add_argument("--pid", type=int, help="its `headrace serve`, likewise")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Raises NothingRuns with one line when there is no fleet."""
     out = sys.stdout
     if args.address is None:
-        found = _pick(run_file.running(), args.fleet, args.pid)
+        found = pick(run_file.running(), args.fleet, args.url, args.pid)
         status = _ask(found.ray_address, found.fleet, found.auth_token)
-        _print(status, found.url, args.json, out)
+        _print(status, found.url, found.is_ready, args.json, out)
     else:
-        _print(_ask(args.address, args.fleet or "headrace", None), "", args.json, out)
+        _print(_ask(args.address, args.fleet or "headrace", None), "", True, args.json, out)
     return 0
 
 
-def _pick(runs: list[run_file.Run], fleet: str | None, pid: int | None) -> run_file.Run:
-    named = [run for run in runs if fleet in (None, run.fleet) and pid in (None, run.pid)]
+def pick(runs: list[run_file.Run], fleet: str | None, url: str | None, pid: int | None) -> run_file.Run:
+    """The one run that is meant; what is None does not matter. Raises NothingRuns, naming those that there are."""
+    named = [
+        run
+        for run in runs
+        if fleet in (None, run.fleet)
+        and pid in (None, run.pid)
+        and (url is None or url.rstrip("/").removeprefix("http://") == run.url.removeprefix("http://"))
+    ]
     if len(named) == 1:
         return named[0]
     if not runs:
@@ -61,7 +75,7 @@ def _pick(runs: list[run_file.Run], fleet: str | None, pid: int | None) -> run_f
     names = ", ".join(f"{run.fleet} (pid {run.pid}, {run.url})" for run in runs)
     if not named:
         raise NothingRuns(f"no such fleet runs on this machine, but {names}")
-    raise NothingRuns(f"several fleets run on this machine: {names}; choose one with --fleet or --pid")
+    raise NothingRuns(f"several fleets run on this machine: {names}; choose one with --url or --pid")
 
 
 def _ask(address: str, fleet: str, auth_token: str | None) -> FleetStatus:
@@ -86,14 +100,17 @@ def _ask(address: str, fleet: str, auth_token: str | None) -> FleetStatus:
         ray.shutdown()
 
 
-def _print(status: FleetStatus, url: str, as_json: bool, out: TextIO) -> None:
+def _print(status: FleetStatus, url: str, is_ready: bool, as_json: bool, out: TextIO) -> None:
     if as_json:
-        print(json.dumps(as_data(status, url), indent=2), file=out)
+        print(json.dumps(as_data(status, url, is_ready), indent=2), file=out)
     else:
         # A pipe has no width to fit into: nothing is cut there.
-        Console(file=out, width=None if out.isatty() else 200).print(status_table(status, url))
+        Console(file=out, width=None if out.isatty() else 200).print(status_table(status, url, is_ready))
 
 
-def as_data(status: FleetStatus, url: str) -> dict[str, Any]:
-    """What `--json` prints: {fleet, url, epoch, version, replicas: [{id, model, role, state, running, ...}]}."""
-    return {"url": url, **asdict(status)}
+def as_data(status: FleetStatus, url: str, is_ready: bool = True) -> dict[str, Any]:
+    """What `--json` prints: {url, state, fleet, epoch, version, replicas: [{id, model, role, state, running, ...}]}.
+
+    `state` is "starting" until the gateway listens, "ready" from then on.
+    """
+    return {"url": url, "state": "ready" if is_ready else "starting", **asdict(status)}

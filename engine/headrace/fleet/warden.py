@@ -19,6 +19,10 @@ import time
 
 _PAUSE_S = 0.02
 
+_SHARED_MEMORY = "/dev/shm/"
+_SHARED_PREFIXES = ("psm_", "sem.mp-", "vllm_dist_")
+"""Names that Python's multiprocessing and vLLM give to shared memory and semaphores, with a random part."""
+
 
 def marked(mark: str) -> list[int]:
     """Processes of this user whose initial environment holds `mark` ("NAME=VALUE"), without this one."""
@@ -40,20 +44,44 @@ def marked(mark: str) -> list[int]:
 def end_all(mark: str, grace_s: float) -> int:
     """Wait up to `grace_s` for the marked processes to end by themselves, then kill the rest.
 
-    Returns how many had to be killed. Looks again until none is left: a dying process may still spawn.
+    Returns how many had to be killed. Looks again until none is left: a dying process may still spawn. Shared
+    memory that the killed had mapped, and so cannot unlink any more, is removed.
     """
     deadline = time.monotonic() + grace_s
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
     killed: set[int] = set()
+    shared: set[int] = set()
     give_up = time.monotonic() + 5.0
     while (left := marked(mark)) and time.monotonic() < give_up:
+        for pid in left:
+            shared |= _mapped(pid)
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         killed.update(left)
         time.sleep(_PAUSE_S)
+    _remove(shared)
     return len(killed)
+
+
+def _mapped(pid: int) -> set[int]:
+    """Inodes of the shared memory and semaphores in a process's address space; only its own family shares them.
+
+    Not their names: of a semaphore the maps show a passing one, from before glibc gave it its own.
+    """
+    try:
+        with open(f"/proc/{pid}/maps") as maps:
+            return {int(line.split(maxsplit=5)[4]) for line in maps if _SHARED_MEMORY in line}
+    except OSError:
+        return set()
+
+
+def _remove(inodes: set[int]) -> None:
+    for entry in os.scandir(_SHARED_MEMORY) if inodes else ():
+        if entry.name.startswith(_SHARED_PREFIXES) and entry.inode() in inodes:
+            with contextlib.suppress(OSError):  # its owner was quicker
+                os.unlink(entry.path)
 
 
 def main(pid: int, mark: str) -> None:
