@@ -49,6 +49,12 @@ class Booking:
     def replica(self) -> Replica:
         return self.load.replica
 
+    @property
+    def hit_tokens(self) -> int:
+        """Prompt tokens that were expected to be cached."""
+        hit = self.prompt_tokens - self.uncached_tokens
+        return hit if hit > 0 else 0
+
 
 class ReplicaLoad:
     """Policies read, only LoadTable writes. `requests`, `wait_s`, ... are as of the last write."""
@@ -57,6 +63,7 @@ class ReplicaLoad:
         "_bookings",
         "_columns",
         "_row",
+        "_shown",
         "backlog_tokens",
         "booked",
         "cost_model",
@@ -71,6 +78,8 @@ class ReplicaLoad:
         "residence_s",
         "room_tokens",
         "running",
+        "shown_hit_tokens",
+        "shown_tokens",
         "slot",
         "suspended",
         "suspended_until_s",
@@ -89,6 +98,11 @@ class ReplicaLoad:
         self.unreported = 0  # of those, the ones that no report (and no answer) has shown yet
         self.unreported_tokens = 0  # their uncached prompt tokens
         self._bookings: dict[Booking, None] = {}  # the unreported ones, oldest first
+        self._shown: dict[
+            Booking, None
+        ] = {}  # those that a report has shown and whose first token is not out
+        self.shown_tokens = 0  # their uncached prompt tokens
+        self.shown_hit_tokens = 0  # and those expected to be cached
         self.last_report: LoadReport | None = None
         self.reported_at_s: float | None = None  # None where no reports are to be expected
         self.suspended: str | None = None  # why it is out of the view, None while it is in
@@ -147,6 +161,7 @@ class ReplicaLoad:
         """The request has ended."""
         self.booked -= 1
         self._forget(booking)
+        self._unshow(booking)
         stay_s = now_s - booking.booked_at_s
         if stay_s > 0:
             self.residence_s += RESIDENCE_MEMORY * (min(stay_s, 10 * self.residence_s) - self.residence_s)
@@ -155,7 +170,7 @@ class ReplicaLoad:
     def settle(self, booking: Booking) -> bool:
         """Its prompt is computed: it counts as running, no longer as backlog. False when it already did."""
         settled = self._forget(booking)
-        if settled:
+        if self._unshow(booking) or settled:
             self.refresh()
         return settled
 
@@ -171,6 +186,7 @@ class ReplicaLoad:
             if oldest.booked_at_s > settled_before_s:
                 break
             self._forget(oldest)
+            self._show(oldest)
         if report.iterations:
             self.cost_model.observe(_telling(report))
         self.refresh()
@@ -183,6 +199,30 @@ class ReplicaLoad:
         self.unreported_tokens -= booking.uncached_tokens
         return True
 
+    def _show(self, booking: Booking) -> None:
+        self._shown[booking] = None
+        self.shown_tokens += booking.uncached_tokens
+        self.shown_hit_tokens += booking.hit_tokens
+
+    def _unshow(self, booking: Booking) -> bool:
+        if booking not in self._shown:
+            return False
+        del self._shown[booking]
+        self.shown_tokens -= booking.uncached_tokens
+        self.shown_hit_tokens -= booking.hit_tokens
+        return True
+
+    def _reported_backlog(self, reported: int) -> int:
+        """`reported` less what it counts although it is cached.
+
+        vLLM's frontend counts a waiting prompt in full: what the cache has of it is known to the scheduler alone,
+        and at the end of its step. We expected the hits when we sent it. An engine that leaves hits out by itself
+        reports no more than our uncached tokens, and is believed.
+        """
+        expected = reported if reported < self.shown_tokens else self.shown_tokens
+        without_hits = reported - self.shown_hit_tokens
+        return without_hits if without_hits > expected else expected
+
     def refresh(self) -> None:
         """Bring the derived numbers up to date."""
         report = self.last_report
@@ -191,7 +231,7 @@ class ReplicaLoad:
         reported = self.running + self.waiting + self.unreported
         self.requests = booked if booked > reported else reported
         if report is not None:
-            backlog += report.backlog_tokens
+            backlog += self._reported_backlog(report.backlog_tokens)
         self.backlog_tokens = backlog
         replica = self.replica
         if replica.num_blocks is not None and replica.block_size is not None:
@@ -225,6 +265,14 @@ class ReplicaLoad:
         assert self.unreported == len(self._bookings), f"{name}: {self.unreported} of {len(self._bookings)}"
         tokens = sum(booking.uncached_tokens for booking in self._bookings)
         assert self.unreported_tokens == tokens, f"{name}: {self.unreported_tokens} tokens, not {tokens}"
+        shown = (
+            sum(booking.uncached_tokens for booking in self._shown),
+            sum(booking.hit_tokens for booking in self._shown),
+        )
+        held = (self.shown_tokens, self.shown_hit_tokens)
+        assert held == shown, f"{name}: {held} shown tokens, not {shown}"
+        assert not self._shown.keys() & self._bookings.keys(), f"{name}: a booking is shown and unreported"
+        assert self.booked >= len(self._shown) + self.unreported, f"{name}: more shown than booked"
         assert self.booked >= self.unreported >= 0, f"{name}: {self.unreported} of {self.booked} unreported"
         assert not any(booking.released for booking in self._bookings), f"{name} holds a released booking"
 

@@ -69,6 +69,27 @@ def test_answered_request_runs_and_waits_no_longer() -> None:
     table.check_integrity()
 
 
+def test_expected_hits_are_no_backlog_where_the_engine_counts_whole_prompts() -> None:
+    table, load = table_of(replica())
+    first, second = (table.book(load, 1000, uncached, now_s=1.0) for uncached in (200, 1000))
+    later = 1.0 + 2 * SETTLE_S
+    table.report(report(1, waiting=2, backlog=2000), later)
+    assert load.backlog_tokens == 1200
+    table.report(report(2, waiting=3, backlog=2500), later)
+    assert load.backlog_tokens == 1700, "500 are another gateway's"
+    table.report(report(3, running=2, backlog=1150), later)
+    assert load.backlog_tokens == 1150, "an engine that leaves hits out is believed"
+    table.report(report(4, running=2, backlog=900), later)
+    assert load.backlog_tokens == 900
+    table.answered(first, later)
+    table.report(report(5, running=2, backlog=1000), later)
+    assert load.backlog_tokens == 1000
+    table.release(second, later)
+    assert load.backlog_tokens == 1000, "as reported: what we know of has ended"
+    table.release(first, later)
+    table.check_integrity()
+
+
 def test_pace_of_a_silent_server_is_learned_from_its_answers() -> None:
     table, load = table_of(replica(reports=False))
     for number in range(20):
