@@ -110,6 +110,8 @@ class LoadTable:
         took about one step.
         """
         load = booking.load
+        if booking.answered_at_s is None:
+            booking.answered_at_s = now_s
         if booking.released or not load.settle(booking) or load.last_report is not None:
             return
         if booking.alone and booking.uncached_tokens > 0 and now_s > booking.booked_at_s:

@@ -10,7 +10,7 @@ from headrace_router.cost_model import DEFAULT_PRIOR, CostModel, TimingPrior
 from headrace_router.load_columns import LoadColumns
 from headrace_router.types import Iteration, LoadReport, Replica
 
-RESIDENCE_S = 5.0  # believed stay of a request in the engine before any has ended
+RESIDENCE_S = 5.0  # believed time that a request holds KV cache, before any has ended
 RESIDENCE_MEMORY = 0.05
 UNKNOWN_TOKENS = 1e18  # of a KV cache whose size nobody told: never an obstacle
 LEARNED_PER_REPORT = 4  # steps; the filter needs far fewer than an engine makes
@@ -21,12 +21,14 @@ class Booking:
 
     __slots__ = (
         "alone",
+        "answered_at_s",
         "booked_at_s",
         "load",
         "output_tokens",
         "prompt_tokens",
         "released",
         "uncached_tokens",
+        "wait_s",
     )
 
     def __init__(
@@ -43,6 +45,8 @@ class Booking:
         self.output_tokens = output_tokens  # expected
         self.booked_at_s = booked_at_s
         self.released = False
+        self.answered_at_s: float | None = None  # its first token came
+        self.wait_s = 0.0  # believed, when it was booked
         self.alone = False  # nothing else ran there when it came
 
     @property
@@ -72,6 +76,7 @@ class ReplicaLoad:
         "kv_use",
         "last_report",
         "memory_token_s",
+        "queued",
         "replica",
         "reported_at_s",
         "requests",
@@ -107,12 +112,13 @@ class ReplicaLoad:
         self.reported_at_s: float | None = None  # None where no reports are to be expected
         self.suspended: str | None = None  # why it is out of the view, None while it is in
         self.suspended_until_s = 0.0
-        self.residence_s = RESIDENCE_S  # from booking to release, learned
+        self.residence_s = RESIDENCE_S  # from the start of prefill to the end, learned
         self.running = 0  # as reported
         self.waiting = 0  # as reported
         self.kv_use = 0.0  # as reported, 0..1
         # Derived, brought up to date by `refresh`:
         self.requests = 0  # running or waiting there, as far as is known
+        self.queued = 0  # of those, not yet running
         self.backlog_tokens = 0  # uncached prompt tokens that wait or are being prefilled
         self.token_s = self.cost_model.seconds_per_token()  # seconds per token of prefill, now
         self.wait_s = 0.0  # until the backlog is prefilled
@@ -144,6 +150,7 @@ class ReplicaLoad:
     def add(self, booking: Booking) -> None:
         """One more request. A replica that never reports shows it with its first token."""
         booking.alone = self.booked == 0
+        booking.wait_s = self.wait_s
         self.booked += 1
         self._bookings[booking] = None
         self.unreported += 1
@@ -154,15 +161,20 @@ class ReplicaLoad:
         self.wait_s = backlog * self.token_s
         reported = self.running + self.waiting + self.unreported
         self.requests = self.booked if self.booked > reported else reported
+        self.queued += 1
         if self._columns is not None:
             self._write_row()
 
     def drop(self, booking: Booking, now_s: float) -> None:
-        """The request has ended."""
+        """The request has ended. Its time in the queue is no part of its stay: it held no memory there, and counted, a
+        replica would look the slower to come free the longer its queue is."""
         self.booked -= 1
         self._forget(booking)
         self._unshow(booking)
-        stay_s = now_s - booking.booked_at_s
+        if booking.answered_at_s is not None:
+            stay_s = now_s - booking.answered_at_s + booking.uncached_tokens * self.token_s
+        else:
+            stay_s = now_s - booking.booked_at_s - booking.wait_s
         if stay_s > 0:
             self.residence_s += RESIDENCE_MEMORY * (min(stay_s, 10 * self.residence_s) - self.residence_s)
         self.refresh()
@@ -230,6 +242,7 @@ class ReplicaLoad:
         # A report also counts other gateways' requests; our own bookings are exact but only ours.
         reported = self.running + self.waiting + self.unreported
         self.requests = booked if booked > reported else reported
+        self.queued = self.waiting + self.unreported
         if report is not None:
             backlog += self._reported_backlog(report.backlog_tokens)
         self.backlog_tokens = backlog
@@ -254,6 +267,7 @@ class ReplicaLoad:
                 self.wait_s,
                 self.token_s,
                 self.requests,
+                self.queued,
                 self.room_tokens,
                 self.memory_token_s,
             ),

@@ -1,12 +1,18 @@
 """The default: the replica on which the request costs the least time, its own and everybody else's.
 
-    cost = wait + uncached · s · (1 + λ · requests there)        λ = 0.2
+    cost = wait + uncached · s · (1 + λ · running + queued)        λ = 0.3
     wait = the longer of: backlog · s, and the time until the KV cache has room
 
-`s` is the replica's seconds per prefill token, learned from its own steps. The λ term is the delay that this prefill
-imposes on the requests already there; it also pushes work away from replicas full of decodes. There is nothing to
-tune: λ from 0.2 to 0.5 changes little, λ = 0 loses 40% of mean TTFT on the Mooncake conversation trace. A hot prefix
-spreads by itself: when waiting behind it costs more than prefilling elsewhere, it is prefilled elsewhere.
+`s` is the replica's seconds per prefill token, learned from its own steps. The bracket is what this prefill costs
+everybody. Requests that run there are held up by part of it; the λ term also pushes work away from replicas full of
+decodes. A queue is served in order, so those in it lose nothing, but as many as now wait will come while this one
+waits (Little's law), and each of them waits for all of it: they count in full. Under overload, where waits are long
+everywhere, this is what keeps long prompts out of the queues of many short ones, and prefixes together.
+
+There is nothing to tune (`headrace_bench.policy_study`, the Mooncake conversation trace): λ from 0.2 to 0.5 trades a
+few percent of TTFT for as much of end-to-end time at the knee; a queue counted like what runs loses a quarter of mean
+TTFT under overload. A hot prefix spreads by itself: when waiting behind it costs more than prefilling elsewhere, it
+is prefilled elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import numpy as np
 from headrace_router.types import Request
 from headrace_router.view import Decision, Hits, View
 
-IMPOSED = 0.2  # λ
+IMPOSED = 0.3  # λ, on each that runs
+ON_QUEUE = 1.0 - IMPOSED  # more than that on each that waits
 TIE = 1.02
 TIE_S = 1e-4
 """Costs this close are equal: learned rates differ by noise, which must not send every new prompt to one replica."""
@@ -53,7 +60,8 @@ class Delay:
                 room = load.room_tokens
                 if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
                     wait_s = room_s
-                costs.append(wait_s + tokens * (load.token_s * (1 + IMPOSED * load.requests)))
+                others = IMPOSED * load.requests + ON_QUEUE * load.queued
+                costs.append(wait_s + tokens * (load.token_s * (1 + others)))
         else:
             work = _work(tokens, hits, view)
             for load, uncached in zip(loads, work, strict=True):
@@ -61,7 +69,8 @@ class Delay:
                 room = load.room_tokens
                 if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
                     wait_s = room_s
-                costs.append(wait_s + uncached * (load.token_s * (1 + IMPOSED * load.requests)))
+                others = IMPOSED * load.requests + ON_QUEUE * load.queued
+                costs.append(wait_s + uncached * (load.token_s * (1 + others)))
         return self._decide(view, costs, hits)
 
     def _decide(self, view: View, costs: list[float], hits: list[int] | None) -> Decision:
@@ -91,7 +100,7 @@ class Delay:
         room = columns.room_tokens
         if tokens > room.min():
             wait_s = np.maximum(wait_s, (tokens - room) * columns.memory_token_s)
-        price_s = columns.token_s * (1 + IMPOSED * columns.requests)
+        price_s = columns.token_s * (1 + IMPOSED * columns.requests + ON_QUEUE * columns.queued)
         if view.hits is None:
             hits, longest = None, 0
             costs = wait_s + price_s * tokens
