@@ -170,11 +170,22 @@ class _UsageFields(msgspec.Struct, gc=False):
 _decode_usage = msgspec.json.Decoder(_UsageFields).decode
 
 
+# The same, as vLLM writes it: a match saves the decoding.
+_VLLM_USAGE = re.compile(
+    rb'"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)'
+    rb'(?:,"prompt_tokens_details":(?:null|\{"cached_tokens":(\d+)))?[,}]'
+)
+
+
 def find_usage(data: bytes) -> Usage | None:
     """The last usage object in (part of) an answer, in OpenAI's or Anthropic's names. None when there is none."""
     at = data.rfind(b'"usage":')
     if at < 0:
         return None
+    match = _VLLM_USAGE.match(data, at)
+    if match is not None:
+        prompt, completion, cached = match.groups(b"0")
+        return Usage(int(prompt), int(completion), int(cached))
     match = _USAGE.match(data, at)
     if match is None:
         return None
