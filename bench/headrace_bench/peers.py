@@ -104,10 +104,10 @@ def _headrace(name: str, backends: Sequence[str], policy: str) -> Launch:
         command += ["--backend", backend]
     if name == "headrace":
         command.append("--no-access-log")
-    return Launch(name, _own_version(), tuple(command), None)
+    return Launch(name, own_version(), tuple(command), None)
 
 
-def _own_version() -> str:
+def own_version() -> str:
     try:
         number = version("headrace")
     except PackageNotFoundError:

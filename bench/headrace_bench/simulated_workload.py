@@ -75,7 +75,7 @@ def plan_requests(
         num_blocks = (record.input_tokens + record.output_tokens) // block_size
         ids = [*shared, *range(own, own + num_blocks - len(shared))]
         own += num_blocks - len(shared)
-        hashes = _chain(ids)
+        hashes = chain(ids)
         prompt = hashes[: record.input_tokens // block_size]
         session = _session(prompt, sessions) or str(number)
         if prompt:
@@ -115,7 +115,7 @@ def _shared_blocks(record: TraceRecord, block_size: int) -> list[int]:
     return [block * per_id + part for block in record.hash_ids for part in range(per_id)][:full]
 
 
-def _chain(ids: Sequence[int]) -> list[int]:
+def chain(ids: Sequence[int]) -> list[int]:
     """Each block's hash is over its parent's and its own id, as in an engine: equal hash, equal prefix."""
     parent = 0
     hashes = []
