@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from headrace.backends.timing_model import FEWEST_ITERATIONS, TimingModel, fit_timing
 from headrace.errors import CallerError
@@ -62,9 +62,9 @@ def prefill_step(exchange: Exchange) -> Iteration | None:
 
 
 def decode_steps(exchanges: Sequence[Exchange]) -> list[Iteration]:
-    """Streams that ran side by side, as steps: the gaps while all of them were decoding, each as their median.
+    """Streams that ran side by side, as steps: of each, the mean gap while all of them were decoding.
 
-    Contents that arrive together count once: a gap of nothing is the network's doing.
+    The mean, not the median: contents that arrive together leave gaps of nothing, and a long one before them.
     """
     told = [
         one for one in exchanges if one.error is None and one.first_s is not None and one.usage is not None
@@ -84,7 +84,7 @@ def decode_steps(exchanges: Sequence[Exchange]) -> list[Iteration]:
             context = sum(
                 (other.usage.prompt_tokens if other.usage else 0) + len(other.gaps_s) // 2 for other in told
             )
-            steps.append(Iteration(median(gaps), 0, len(told), context))
+            steps.append(Iteration(fmean(gaps), 0, len(told), context))
     return steps
 
 

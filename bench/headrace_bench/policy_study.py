@@ -1,6 +1,6 @@
 """The policy study: every policy, fleet, cache and rate, in simulation.
 
-    python -m headrace_bench.policy_study [--requests 4000] [--seeds 5] [--cells knee] [--policies delay,kv_blend]
+    python -m headrace_bench.policy_study [--requests 4000] [--seeds 5] [--cells "8 replicas"] [--policies delay,…]
 
 Writes bench/results/policy_study.md and .json after every few runs; started again, it goes on where it was, unless
 the code that makes the figures has changed. Every run is one process's work; two work at a time by default.
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, metavar="N", help="of each trace, the first N (default: all)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="(default 5)")
     parser.add_argument(
-        "--cells", type=words, metavar="WORD,…", help="those whose name holds one of the words"
+        "--cells", action="append", metavar="WORDS", help="whose name holds this; may be repeated"
     )
     parser.add_argument("--policies", type=words, metavar="P,…", help="(default: all)")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="at a time (default 2)")

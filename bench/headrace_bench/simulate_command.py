@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         ceilings=scenario.ceilings(scenario.requests(args.seed)),
         summaries=tuple(summary for summary, _ in done),
     )
-    console = Console()
+    # A pipe has no width to fit into: nothing is cut there.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if args.compare:
         print_comparison(report, console)
     else:

@@ -14,13 +14,13 @@ NEAR = 1.03
 HIT_SHARE = 0.95
 """Of the pooled ceiling, at the knee."""
 
-HOW = """The simulator (`headrace simulate`) runs production's router, policies, index, load table and simulated engine in
-virtual time. Engine: see `timing_profile.DEFAULT_ENGINE`. Rates are stated as the utilisation of a fleet with one
+HOW = """The simulator (`headrace simulate`) runs production's router, policies, index, load table and simulated engine
+in virtual time. Engine: see `timing_profile.DEFAULT_ENGINE`. Rates are stated as the utilisation of a fleet with one
 pooled cache and perfect balance: light 0.3, knee 0.8, overload 1.1 (`ceilings.speed_at`); the speed that makes it is
 in each table. A seed spreads the arrivals of each of the trace's 3-second instants over its 3 seconds and seeds the
-policies' own chance. Values are means over requests, then over seeds, (smallest..largest seed) behind them. Pooled: the hit
-rate of one LRU cache of the fleet's total size; it knows of a prompt the moment it arrives, a fleet only once it is
-computed."""
+policies' own chance. Values are means over requests, then over seeds, (smallest..largest seed) behind them. Pooled:
+the hit rate of one LRU cache of the fleet's total size; it knows of a prompt the moment it arrives, a fleet only once
+it is computed."""
 
 
 def by_cell(runs: Sequence[Figures]) -> dict[str, dict[str, list[Figures]]]:

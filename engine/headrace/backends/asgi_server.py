@@ -52,6 +52,9 @@ class AsgiServer:
             listener = socket.create_server(
                 (self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET, backlog=2048
             )
+            # Accepted sockets inherit it. asyncio would set it itself, but not on sockets of a listener made here
+            # (it looks for an explicit protocol number): small answers then wait 40 ms for an acknowledgement.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as e:
             raise StartError(f"cannot listen on {self._host}: {e}; use an address of this node") from e
         config = uvicorn.Config(
