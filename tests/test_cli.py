@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli import COMMANDS, CommandMissing, _import, commands, main
+from headrace.fleet import run_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -43,10 +45,37 @@ def test_wrong_usage_ends_with_2(words: list[str], capsys: pytest.CaptureFixture
 
 
 def test_a_good_configuration_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "check", str(CONFIGS / "local.yaml")]) == 0
-    assert (
-        "local.yaml: ok\n  model smollm2: vLLM, embedded; per_core unified on cpu" in capsys.readouterr().out
+    assert main(["config", "check", str(CONFIGS / "simulated.yaml")]) == 0
+    assert "simulated.yaml: ok\n  model simulated: simulated; 16 unified on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.vllm
+def test_engine_arguments_are_put_before_vllm_and_wrong_ones_have_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "models:\n  - name: m\n    pools:\n      - engine:\n          blok_size: 16\n          block_size: 32\n"
     )
+    assert main(["config", "check", str(path)]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(f"{path}: asking vLLM")
+    assert told[1:] == [
+        f"headrace: {path}:5:11: models[0].pools[0].engine: vLLM has no engine argument 'blok_size'; "
+        "did you mean 'block_size'?"
+    ]
+    assert main(["config", "check", str(CONFIGS / "local.yaml")]) == 0
+    assert "local.yaml: ok\n  model smollm2: vLLM, embedded" in capsys.readouterr().out
+
+
+def test_explain_asks_the_fleet_that_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    own = run_file.Run(os.getpid(), run_file.began(os.getpid()), "f", "http://127.0.0.1:1", "ray:1", None)
+    with run_file.announced(own):
+        assert main(["explain"]) == 1
+    assert "no gateway answers at http://127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_a_bad_configuration_ends_with_1_and_a_line_for_each_problem(

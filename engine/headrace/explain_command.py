@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import NotFound, ShortageError
+from headrace.fleet import run_file
 
+_URL = "http://127.0.0.1:8000"
+_MOST = 256
 _TIMEOUT_S = 5.0
 _MAX_CANDIDATES = 8
 
@@ -23,18 +26,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "explain", help="show the gateway's last routing decisions and their reasons"
     )
     parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="the gateway; asked from its own machine"
+        "--url",
+        help=f"the gateway, asked from its own machine (default: the fleet on this machine, else {_URL})",
     )
     parser.add_argument(
-        "-n", "--last", type=int, default=10, metavar="N", help="how many; default 10, at most 256"
+        "-n", "--last", type=_count, default=10, metavar="N", help="how many, at most 256 (default: 10)"
     )
-    parser.add_argument("--request-id", help="only this request")
-    parser.add_argument("--json", action="store_true", help="print plain data")
+    parser.add_argument("--request-id", metavar="ID", help="only the request with this x-request-id")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print them, newest first."""
-    decisions = fetch(args.url.rstrip("/"), 256 if args.request_id else args.last)
+    url = args.url or _running_gateway()
+    decisions = fetch(url.rstrip("/"), _MOST if args.request_id else args.last)
     if args.request_id:
         decisions = [entry for entry in decisions if entry["request_id"] == args.request_id]
     if args.json:
@@ -42,6 +47,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(decisions, Console())
     return 0
+
+
+def _running_gateway() -> str:
+    """Of the fleet on this machine; without one it may be `headrace route`, at its default address."""
+    runs = run_file.running()
+    if len(runs) > 1:
+        urls = ", ".join(run.url for run in runs)
+        raise NotFound(f"several fleets run on this machine: {urls}; choose one with --url")
+    return runs[0].url if runs else _URL
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"it must be a whole number from 1 to {_MOST}, not {text!r}")
+    return int(text)
 
 
 def fetch(url: str, count: int) -> list[dict[str, Any]]:

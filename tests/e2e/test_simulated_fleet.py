@@ -77,8 +77,51 @@ async def test_a_replica_killed_under_load_costs_no_client_an_error_and_comes_ba
     assert again["restarts"] == 1
 
 
+def test_a_second_fleet_of_the_same_name_is_chosen_by_its_pid(fleet: Any) -> None:
+    assert fleet.status("--pid", str(fleet.pid))["url"] == fleet.url
+    assert fleet.status("--url", fleet.url)["state"] == "ready"
+
+
+def test_sixteen_replicas_do_not_fill_the_screen(fleet: Any) -> None:
+    ready = next(number for number, line in enumerate(fleet.lines) if line.startswith("ready: "))
+    assert any(" more: " in line for line in fleet.lines[:ready])
+
+
 def test_sigterm_ends_all_of_it_with_exit_code_0(fleet: Any) -> None:
     assert fleet.left_behind()
     assert fleet.end(signal.SIGTERM) == 0
     assert fleet.left_behind() == []
+    assert fleet.lines[-1] == "stopped"
     assert not any("Traceback" in line for line in fleet.lines), "\n".join(fleet.lines)
+
+
+def test_a_run_without_failures_leaves_no_folder_of_ray(tmp_path: Path, serving: Serving) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"models": [{"name": "sim", "backend": "simulated"}]}))
+    with serving(path, "--port", "0") as served:
+        assert served.url
+        sessions = list(Path("/tmp/ray").glob(f"session_*_{served.pid}"))
+        assert len(sessions) == 1
+        assert served.end(signal.SIGTERM) == 0
+        assert not sessions[0].exists()
+        assert not any(line.startswith("logs: ") for line in served.lines)
+
+
+async def test_sigterm_lets_a_request_finish_that_takes_longer_than_rays_own_patience(
+    tmp_path: Path, serving: Serving
+) -> None:
+    # Ray's handler of SIGTERM would abort the process after 3 s.
+    path = tmp_path / "config.yaml"
+    model = {"name": "sim", "backend": "simulated", "simulated": {"step_s": 0.1}}
+    path.write_text(yaml.safe_dump({"models": [model]}))
+    with serving(path, "--port", "0") as served:
+        url = await asyncio.to_thread(lambda: served.url)
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+            stream = await client.completions.create(
+                model="sim", prompt="x", max_tokens=50, stream=True, extra_body={"ignore_eos": True}
+            )
+            await anext(aiter(stream))
+            ending = asyncio.create_task(asyncio.to_thread(served.end, signal.SIGTERM))
+            chunks = [chunk async for chunk in stream if chunk.choices and chunk.choices[0].text]
+        assert len(chunks) >= 48
+        assert await ending == 0

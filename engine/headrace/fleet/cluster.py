@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,17 +85,18 @@ def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -
     return Connection(context.address_info["address"], False)
 
 
-def leave(connection: Connection | None, *, keep_logs: bool = False) -> None:
+def leave(connection: Connection | None, *, shared: Collection[int] = (), keep_logs: bool = False) -> None:
     """Disconnect; end our own cluster, wait until none of its processes is left, remove its folder in /tmp.
 
-    Blocks for some seconds. `keep_logs` leaves the folder, for people who look for the cause of a failure.
+    Blocks for some seconds. `shared`: shared memory that the fleet had, see `warden.shared_memory`. `keep_logs`
+    leaves the folder, for people who look for the cause of a failure.
     """
     import ray
 
     ray.shutdown()
     if connection is None or not connection.mark:
         return
-    warden.end_all(connection.mark, _MARK_GRACE_S)
+    warden.end_all(connection.mark, _MARK_GRACE_S, shared)
     session = connection.session
     if session is not None and not keep_logs:
         shutil.rmtree(session, ignore_errors=True)

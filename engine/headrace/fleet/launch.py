@@ -20,7 +20,7 @@ from typing import Any
 
 from headrace.config import Config
 from headrace.errors import FatalStartError, StartError
-from headrace.fleet import cluster, preflight, run_file
+from headrace.fleet import cluster, preflight, run_file, warden
 from headrace.fleet.membership import ControllerMembership
 from headrace.fleet.screen import Screen
 from headrace.fleet.specs import Device, expand
@@ -66,9 +66,7 @@ class Launch:
 
         Afterwards `logs` is where to look for the cause, None where nothing failed.
         """
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, self._told_to_stop.set)
+        self._take_signals()
         try:
             await self._until_told_to_stop(self._bring_up_and_stay())
         except StartError:
@@ -78,6 +76,15 @@ class Launch:
             self._screen.end_progress()
             self._told_to_stop.clear()
             await self._tear_down()
+
+    def _take_signals(self) -> None:
+        """Again after Ray has started: it puts a handler of its own before ours, which prints a stack at SIGTERM and
+        sets an alarm that aborts this process 3 s later, in the middle of draining."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(signum)
+            loop.add_signal_handler(signum, self._told_to_stop.set)
+        signal.alarm(0)  # of a SIGTERM that came before this line
 
     async def _until_told_to_stop(self, work: Any) -> bool:
         """Do `work`, or leave it when told to stop. Returns whether it was finished; raises what it raises."""
@@ -136,7 +143,10 @@ class Launch:
             self._screen.say(f"joining the Ray cluster at {self._address}")
             connecting = asyncio.to_thread(cluster.join, self._address)
         self._connecting = asyncio.ensure_future(connecting)
-        return await asyncio.shield(self._connecting)
+        try:
+            return await asyncio.shield(self._connecting)
+        finally:
+            self._take_signals()
 
     async def _check_cluster(self) -> float:
         """Returns the cores that CPU replicas will hold."""
@@ -219,11 +229,15 @@ class Launch:
         connection = None
         with contextlib.suppress(StartError):
             connection = await self._connecting
+        self._take_signals()
+        shared: set[int] = set()
+        if connection is not None and connection.mark:
+            shared = await asyncio.to_thread(warden.shared_memory, connection.mark)
         if connection is not None and self._controller is not None:
             await self._end_fleet(connection)
         if connection is not None and connection.session is not None and self._had_failure:
             self.logs = connection.session / "logs"
-        await asyncio.to_thread(cluster.leave, connection, keep_logs=self._had_failure)
+        await asyncio.to_thread(cluster.leave, connection, shared=shared, keep_logs=self._had_failure)
 
     async def _end_fleet(self, connection: cluster.Connection) -> None:
         """The gateway has drained, so replicas end at once. Our own cluster's end takes care of what this misses."""

@@ -64,6 +64,7 @@ class Screen:
             self.changes(status)
             if self._clock() - self._said_s >= _SILENCE_S:
                 late = [describe(replica) for replica in status.replicas if not replica.is_ready]
+                late = late or ["looking at the cluster"]
                 more = f" and {len(late) - 2} more" if len(late) > 2 else ""
                 self.say(
                     f"still starting, {status.num_ready} of {len(status.replicas)} ready: "
@@ -115,7 +116,7 @@ class Screen:
             file=self._out,
         )
         print(
-            f"see:   {command} status; {command} explain --url {url}; Ctrl-C ends it",
+            f"see:   {command} status; {command} explain; Ctrl-C ends it",
             file=self._out,
             flush=True,
         )

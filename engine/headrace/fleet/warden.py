@@ -16,8 +16,11 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Collection, Iterable
 
 _PAUSE_S = 0.02
+_FIRST_LOOK_S = 1.0
+_RARE_LOOK_S = 60.0
 
 _SHARED_MEMORY = "/dev/shm/"
 _SHARED_PREFIXES = ("psm_", "sem.mp-", "vllm_dist_")
@@ -41,40 +44,45 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def end_all(mark: str, grace_s: float) -> int:
+def end_all(mark: str, grace_s: float, shared: Collection[int] = ()) -> int:
     """Wait up to `grace_s` for the marked processes to end by themselves, then kill the rest.
 
     Returns how many had to be killed. Looks again until none is left: a dying process may still spawn. Shared
-    memory that the killed had mapped, and so cannot unlink any more, is removed.
+    memory that the killed had mapped, and so cannot unlink any more, is removed, and so is `shared`, what
+    `shared_memory` found earlier.
     """
     deadline = time.monotonic() + grace_s
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
     killed: set[int] = set()
-    shared: set[int] = set()
+    inodes = set(shared)
     give_up = time.monotonic() + 5.0
     while (left := marked(mark)) and time.monotonic() < give_up:
-        for pid in left:
-            shared |= _mapped(pid)
+        inodes |= _mapped(left)
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         killed.update(left)
         time.sleep(_PAUSE_S)
-    _remove(shared)
+    _remove(inodes)
     return len(killed)
 
 
-def _mapped(pid: int) -> set[int]:
-    """Inodes of the shared memory and semaphores in a process's address space; only its own family shares them.
+def shared_memory(mark: str) -> set[int]:
+    """Inodes of the shared memory and semaphores that the marked processes have in their address spaces.
 
-    Not their names: of a semaphore the maps show a passing one, from before glibc gave it its own.
+    Only one family shares them. Not their names: of a semaphore the maps show a passing one, from before glibc gave
+    it its own.
     """
-    try:
-        with open(f"/proc/{pid}/maps") as maps:
-            return {int(line.split(maxsplit=5)[4]) for line in maps if _SHARED_MEMORY in line}
-    except OSError:
-        return set()
+    return _mapped(marked(mark))
+
+
+def _mapped(pids: Iterable[int]) -> set[int]:
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as maps:
+            inodes |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHARED_MEMORY in line}
+    return inodes
 
 
 def _remove(inodes: set[int]) -> None:
@@ -89,13 +97,19 @@ def main(pid: int, mark: str) -> None:
     # Only the owner ends the warden: a terminal's Ctrl-C and a group-wide SIGTERM must not end it first.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    shared: set[int] = set()
     if os.getppid() == pid:  # else it has ended before this line
         with contextlib.suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
-            poll.poll()
-    end_all(mark, grace_s=0.0)
+            # A child may notice the owner's end and die before the last look; engines share memory from their
+            # start on, so looks can become rare.
+            pause_s = _FIRST_LOOK_S
+            while not poll.poll(pause_s * 1000):
+                shared |= shared_memory(mark)
+                pause_s = min(2 * pause_s, _RARE_LOOK_S)
+    end_all(mark, 0.0, shared)
 
 
 if __name__ == "__main__":
