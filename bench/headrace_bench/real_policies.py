@@ -6,13 +6,14 @@
 Two replicas, each on a core of its own, with KV caches that hold the users' conversations together but not each alone.
 Every run has a gateway that has just started and text of its own: what earlier runs left in the caches is of no use to
 it and makes room as it would for anything new. Lengths, pauses and what is shared are the same in every run.
-Afterwards the replicas' timing is fitted for `headrace_bench.simulator_check`.
+With --profile the replicas' timing is fitted first, for `headrace_bench.simulator_check`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ async def compare(args: argparse.Namespace) -> int:
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=machine(),
         command=" ".join(["python -m headrace_bench.real_policies", *sys.argv[1:]]),
+        scheduling=f"niceness {os.getpriority(os.PRIO_PROCESS, 0)}",
         workload=workload,
         engine=arguments(args.kv_bytes),
     )
@@ -65,12 +67,12 @@ async def compare(args: argparse.Namespace) -> int:
         results.cache_tokens = (fleet.replicas[0].num_blocks or 0) * (fleet.replicas[0].block_size or 0)
         stage = Stage(fleet, workload, await calibrate_text(fleet))
         results.calibration = stage.calibration
-        await _rounds(stage, chosen, args.rounds, results, args.out)
         if args.profile:
             _say("fitting the replicas' timing")
             profile = await fit_fleet(fleet, stage.calibration)
             profile.write(args.profile)
             _say(f"{args.profile}: {profile.origin}")
+        await _rounds(stage, chosen, args.rounds, results, args.out)
     print(args.out.with_suffix(".md").read_text())
     return 0 if {run.contender for run in results.runs} == {one.name for one in chosen} else 1
 

@@ -25,6 +25,7 @@ class Results:
     date: str
     machine: str
     command: str
+    scheduling: str
     workload: Workload
     engine: dict[str, Any]
     cache_tokens: int = 0  # of one replica
@@ -73,6 +74,7 @@ def _page(results: Results) -> list[str]:
         f"- date: {results.date}",
         f"- machine: {results.machine}; gateway and load share the replicas' two cores",
         f"- command: {results.command}",
+        f"- scheduling: {results.scheduling}",
         f"- replicas: 2 x vLLM with SmolLM2-135M, a core each; KV cache {results.cache_tokens} tokens each; "
         + ", ".join(f"{name} {value}" for name, value in results.engine.items()),
         f"- load: {workload.users} users in a closed loop, conversations of {workload.turns} turns of {low}..{high} "

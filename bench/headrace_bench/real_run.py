@@ -46,9 +46,9 @@ class Workload:
     answer_tokens: int = 16
     system_prompts: int = 4
     system_tokens: int = 256
-    think_s: float = 6.0  # mean pause between turns, exponential
+    think_s: float = 8.0  # mean pause between turns, exponential
     duration_s: float = 45.0  # nothing is sent later
-    settle_s: float = 10.0  # what is sent earlier is left out: all users begin at once, on empty caches
+    settle_s: float = 12.0  # what is sent earlier is left out: all users begin at once, on empty caches
     seed: int = 0  # of lengths and pauses, the same in every run
 
     def conversations(self, calibration: Calibration) -> tuple[Conversation, ...]:
