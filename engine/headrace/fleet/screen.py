@@ -106,7 +106,8 @@ class Screen:
         self.end_progress()
         self._shown = {replica.id: (replica.state.value, "") for replica in status.replicas}
         models = sorted({replica.model for replica in status.replicas})
-        self.say(f"{status.num_ready} replicas serve {', '.join(models)}")
+        count = "1 replica serves" if status.num_ready == 1 else f"{status.num_ready} replicas serve"
+        self.say(f"{count} {', '.join(models)}")
         body = json.dumps(
             {"model": models[0] if models else "", "messages": [{"role": "user", "content": "Hi"}]}
         )
