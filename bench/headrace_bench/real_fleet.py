@@ -91,6 +91,10 @@ class RealFleet:
     def forget_steps(self) -> None:
         self.steps = {replica.id: [] for replica in self.replicas}
 
+    def all_steps(self) -> list[Iteration]:
+        """Of every replica since `forget_steps`."""
+        return [step for steps in self.steps.values() for step in steps]
+
     def busy_s(self) -> list[float]:
         """Seconds that each replica spent in steps since `forget_steps`."""
         return [sum(step.duration_s for step in steps) for steps in self.steps.values()]

@@ -6,7 +6,7 @@
 Two replicas, each on a core of its own, with KV caches that hold the users' conversations together but not each alone.
 Every run has a gateway that has just started and text of its own: what earlier runs left in the caches is of no use to
 it and makes room as it would for anything new. Lengths, pauses and what is shared are the same in every run.
-With --profile the replicas' timing is fitted first, for `headrace_bench.simulator_check`.
+With --profile the replicas' timing is fitted at the end, for `headrace_bench.simulator_check`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,21 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from headrace.config import SimulatedEngine
 from headrace_bench.calibration import fit_steps
-from headrace_bench.calibration_load import ProbeLoad, observe
 from headrace_bench.gateway_process import DidNotStart
-from headrace_bench.load_client import LoadClient, Target
-from headrace_bench.load_probe import ServerFacts
 from headrace_bench.peers import REPOSITORY, PeerMissing
-from headrace_bench.prompt_text import Calibration
-from headrace_bench.real_fleet import FleetFailed, RealFleet, real_fleet
+from headrace_bench.real_fleet import FleetFailed, real_fleet
 from headrace_bench.real_policies_report import Results, load_results, write
 from headrace_bench.real_replica import MAX_RUNNING, MODEL, arguments
 from headrace_bench.real_run import Contender, RealRun, Stage, Workload, calibrate_text, run_contender
 from headrace_bench.relay_report import machine
 from headrace_bench.timing_profile import TimingProfile
-from headrace_router.types import Iteration
+from headrace_router.types import Iteration, Replica
 
 RESULTS = REPOSITORY / "bench" / "results"
 KV_BYTES = 150_000_000  # 6,496 tokens of SmolLM2-135M in bfloat16
@@ -46,6 +42,8 @@ CONTENDERS = (
     Contender("vllm-router", "cache_aware"),
     Contender("sglang-router", "cache_aware"),
 )
+CHECKED = ("headrace delay", "headrace round_robin")
+"""What `simulator_check` simulates."""
 
 
 async def compare(args: argparse.Namespace) -> int:
@@ -67,19 +65,20 @@ async def compare(args: argparse.Namespace) -> int:
         results.cache_tokens = (fleet.replicas[0].num_blocks or 0) * (fleet.replicas[0].block_size or 0)
         stage = Stage(fleet, workload, await calibrate_text(fleet))
         results.calibration = stage.calibration
+        steps = await _rounds(stage, chosen, args.rounds, results, args.out)
         if args.profile:
-            _say("fitting the replicas' timing")
-            profile = await fit_fleet(fleet, stage.calibration)
+            profile = fit_fleet(fleet.replicas[0], steps)
             profile.write(args.profile)
             _say(f"{args.profile}: {profile.origin}")
-        await _rounds(stage, chosen, args.rounds, results, args.out)
     print(args.out.with_suffix(".md").read_text())
     return 0 if {run.contender for run in results.runs} == {one.name for one in chosen} else 1
 
 
 async def _rounds(
     stage: Stage, contenders: Sequence[Contender], rounds: int, results: Results, out: Path
-) -> None:
+) -> dict[str, list[Iteration]]:
+    """The replicas' steps, by contender."""
+    steps: dict[str, list[Iteration]] = {}
     for number in range(rounds):
         # Each round begins with another contender, so that none always follows the same one.
         shift = 2 * number % len(contenders)
@@ -93,8 +92,10 @@ async def _rounds(
                 _say(results.remarks[-1])
                 continue
             results.runs.append(run)
+            steps.setdefault(contender.name, []).extend(stage.fleet.all_steps())
             write(results, out)
             _say(_words(run))
+    return steps
 
 
 def _words(run: RealRun) -> str:
@@ -107,23 +108,17 @@ def _words(run: RealRun) -> str:
     )
 
 
-async def fit_fleet(fleet: RealFleet, calibration: Calibration) -> TimingProfile:
-    """The timing of the replicas, all probed at once: they share the machine's memory when they serve, too."""
-    facts = ServerFacts(MODEL, ignore_eos=True, calibration=calibration)
-    load = ProbeLoad(max_prompt_tokens=1024, concurrencies=(1, 2, 4, 8), repeats=2)
+def fit_fleet(replica: Replica, steps: Mapping[str, Sequence[Iteration]]) -> TimingProfile:
+    """The timing of the replicas under this very load: steps by contender, in all rounds.
 
-    async def one(url: str, endpoint: str) -> list[Iteration]:
-        client = LoadClient(Target.parse(url))
-        try:
-            return list((await observe(client, facts, load, (endpoint,))).steps)
-        finally:
-            client.close()
-
-    seen = await asyncio.gather(
-        *(one(replica.endpoints.url, replica.endpoints.load or "") for replica in fleet.replicas)
-    )
-    fit = fit_steps([step for steps in seen for step in steps])
-    replica, timing = fleet.replicas[0], fit.timing
+    Not from the runs that `simulator_check` simulates, where there are others: a check must not know the answers. A
+    calibration on an idle machine (`headrace calibrate`) is faster than what is met here, where gateway and load take
+    their share of the two cores and prompts stand on long cached prefixes. Raises `CalibrationError`.
+    """
+    others = [name for name in steps if name not in CHECKED]
+    names = others or list(steps)
+    fit = fit_steps([step for name in names for step in steps[name]])
+    timing = fit.timing
     engine = SimulatedEngine(
         block_size=replica.block_size or 0,
         num_blocks=replica.num_blocks or 0,
@@ -136,8 +131,8 @@ async def fit_fleet(fleet: RealFleet, calibration: Calibration) -> TimingProfile
         context_token_s=timing.context_token_s,
     )
     origin = (
-        f"fitted to {fit.steps} steps of two {MODEL} replicas by their own reports; {fit.left_out} left out, "
-        f"median error {fit.median_error:.1%}"
+        f"fitted to {fit.steps} steps of two {MODEL} replicas by their own reports, in the runs of "
+        f"{', '.join(names)}; {fit.left_out} left out, median error {fit.median_error:.1%}"
     )
     return TimingProfile(f"{MODEL}-cpu-core", origin, engine)
 

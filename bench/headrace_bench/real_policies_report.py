@@ -107,7 +107,8 @@ def _table(results: Results) -> list[str]:
     for name in results.contenders:
         runs = results.of(name)
         errors = [1 + run.prediction_error for run in runs if run.prediction_error is not None]
-        label = name if name.startswith("headrace") else f"{runs[0].version} {name.split()[-1]}"
+        gateway, policy = name.split()
+        label = name if gateway == "headrace" else f"{gateway} {runs[0].version} {policy}"
         cells = (
             label,
             _spread(runs, _mean_ttft).text(3),
