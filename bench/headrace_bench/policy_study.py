@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace.errors import CallerError, HeadraceError
-from headrace_bench.study_cells import Cell, Traces, cell_scenario, study_cells
+from headrace_bench.study_cells import Cell, Traces, cell_ceilings, cell_scenario, study_cells
 from headrace_bench.study_report import by_cell, render, shortfalls
 from headrace_bench.study_results import Figures, Results, fingerprint
 from headrace_router.policies import POLICIES
@@ -35,7 +35,7 @@ def simulate_one(cell: Cell, policy: str, seed: int, traces: Traces) -> Figures:
     """One run, in whatever process."""
     scenario = cell_scenario(cell, traces)
     summary, _ = scenario.simulate(policy, seed)
-    ceiling = scenario.ceilings(scenario.requests(seed))
+    ceiling = cell_ceilings(cell, traces, seed)
     return Figures.of(cell, summary, scenario.speed, ceiling.pooled, ceiling.infinite)
 
 
@@ -61,8 +61,7 @@ def _study(args: argparse.Namespace) -> int:
         raise CallerError(f"unknown policies {', '.join(sorted(unknown))}; there are {', '.join(POLICIES)}")
     if not cells:
         raise CallerError("no cell's name holds what --cells asks for")
-    for cell in cells:
-        cell_scenario(cell, traces)  # a missing trace shows now
+    traces.check()
     setting = {"requests": args.requests or "all", "code": fingerprint()}
     stem = Path(args.out)
     results = Results.resume(stem.with_suffix(".json"), setting)

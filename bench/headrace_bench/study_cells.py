@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from headrace_bench.ceilings import Ceilings
 from headrace_bench.scenario import Scenario
 from headrace_bench.timing_profile import DEFAULT_ENGINE, with_cache
 from headrace_bench.trace import TraceRecord, read_trace, truncate
@@ -44,6 +45,11 @@ class Traces:
     azure: Path
     requests: int | None = None
 
+    def check(self) -> None:
+        """Raises `TraceError` where one cannot be read."""
+        for path in (self.mooncake, self.azure):
+            _records(path, self.requests)
+
 
 def study_cells() -> list[Cell]:
     """Every cell: three fleets, two caches and three rates with sharing; the knee without."""
@@ -56,6 +62,7 @@ def study_cells() -> list[Cell]:
     return [*cells, *(Cell(workload, 8, 300_000, "knee") for workload in (STRIPPED, LENGTHS))]
 
 
+@lru_cache(maxsize=32)
 def cell_scenario(cell: Cell, traces: Traces) -> Scenario:
     """What a cell simulates. Raises `TraceError` where a trace is missing."""
     path = traces.azure if cell.workload == LENGTHS else traces.mooncake
@@ -64,6 +71,13 @@ def cell_scenario(cell: Cell, traces: Traces) -> Scenario:
         records = [replace(record, hash_ids=()) for record in records]
     scenario = Scenario(tuple(records), with_cache(DEFAULT_ENGINE, cell.cache_tokens), cell.num_replicas)
     return scenario.at_utilisation(LOADS[cell.load])
+
+
+@lru_cache(maxsize=32)
+def cell_ceilings(cell: Cell, traces: Traces, seed: int) -> Ceilings:
+    """The hit rates that no routing can beat there."""
+    scenario = cell_scenario(cell, traces)
+    return scenario.ceilings(scenario.requests(seed))
 
 
 @lru_cache(maxsize=4)

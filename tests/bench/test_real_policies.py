@@ -43,7 +43,15 @@ def run_of(name: str, number: int, ttft_s: float, **fields: object) -> RealRun:
 
 def results_of(*runs: RealRun) -> Results:
     return Results(
-        "today", "a machine", "a command", "normal", WORKLOAD, {"block_size": 32}, 6400, CALIBRATION, list(runs)
+        "today",
+        "a machine",
+        "a command",
+        "normal",
+        WORKLOAD,
+        {"block_size": 32},
+        6400,
+        CALIBRATION,
+        list(runs),
     )
 
 
