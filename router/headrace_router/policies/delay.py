@@ -12,9 +12,9 @@ out of the queues of many short ones, and prefixes together.
 
 There is nothing to tune: 8 and 16 instead of 12 stay best of all policies in mean TTFT and within 4% in end-to-end
 time in every cell of the study that was tried with them (`headrace_bench.policy_study`, Mooncake's conversations). A
-constant 0.3 for each that runs has nearly twice the mean TTFT where 64 replicas are overloaded. A queue counted like what runs
-loses a quarter of mean TTFT under overload. A hot prefix spreads by itself: when waiting behind it costs more than
-prefilling elsewhere, it is prefilled elsewhere.
+constant 0.3 for each that runs has nearly twice the mean TTFT where 64 replicas are overloaded. A queue counted like
+what runs loses a quarter of mean TTFT under overload. A hot prefix spreads by itself: when waiting behind it costs
+more than prefilling elsewhere, it is prefilled elsewhere.
 """
 
 from __future__ import annotations
