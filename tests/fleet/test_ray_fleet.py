@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,3 +128,19 @@ async def test_shutdown_ends_every_replica(fleet: Fleet) -> None:
         os.close(descriptor)
     assert (await fleet.until(lambda _: True)).replicas == ()
     ray.kill(fleet.controller, no_restart=True)
+
+
+def test_a_cluster_starts_where_ray_was_imported_before() -> None:
+    """vLLM imports Ray, and so does a notebook's user; Ray has read its authentication mode by then."""
+    program = (
+        "import ray\n"
+        "from headrace.fleet import cluster\n"
+        "connection = cluster.start_local()\n"
+        "print(ray.is_initialized(), connection.auth_token)\n"
+        "cluster.leave(connection)\n"
+    )
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=without, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "True None\n", done.stderr[-2000:]

@@ -41,11 +41,14 @@ def start_local() -> Connection:
     """Start Ray on this machine, for this process alone. Blocks about 3 s. Raises StartError.
 
     Everybody who reaches Ray's ports could run code here, so a random token is asked for unless the user has
-    settled Ray's authentication by the environment.
+    settled Ray's authentication by the environment, or Ray has been imported already: it reads its mode then, and a
+    cluster that asks for a token would refuse this very process.
     """
     mark = os.environ[RUN_MARK] = secrets.token_hex(16)
     token = None
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ.get("RAY_AUTH_MODE") == "token":
         token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     context = _init(
         address="local",
