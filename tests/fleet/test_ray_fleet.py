@@ -133,10 +133,10 @@ async def test_shutdown_ends_every_replica(fleet: Fleet) -> None:
 def test_a_cluster_starts_where_ray_was_imported_before() -> None:
     """vLLM imports Ray, and so does a notebook's user; Ray has read its authentication mode by then."""
     program = (
-        "import ray\n"
+        "import ray, sys\n"
         "from headrace.fleet import cluster\n"
         "connection = cluster.start_local()\n"
-        "print(ray.is_initialized(), connection.auth_token)\n"
+        "print(ray.is_initialized(), connection.auth_token, file=sys.__stdout__)\n"  # sys.stdout is for Ray's words now
         "cluster.leave(connection)\n"
     )
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
