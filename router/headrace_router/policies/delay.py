@@ -54,28 +54,17 @@ class Delay:
             return self._choose_wide(tokens, view)
         loads = view.loads
         hits = view.hit_tokens() if view.hits is not None else None
+        work: Sequence[float] = [tokens] * len(loads) if hits is None else _work(tokens, hits, view)
         costs = []
-        if hits is None:
-            for load in loads:
-                wait_s = load.wait_s
-                room = load.room_tokens
-                if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
-                    wait_s = room_s
-                queued = load.queued
-                running = load.requests - queued
-                others = queued + running * MOST_RUNNING / (running + MOST_RUNNING)
-                costs.append(wait_s + tokens * (load.token_s * (1 + others)))
-        else:
-            work = _work(tokens, hits, view)
-            for load, uncached in zip(loads, work, strict=True):
-                wait_s = load.wait_s
-                room = load.room_tokens
-                if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
-                    wait_s = room_s
-                queued = load.queued
-                running = load.requests - queued
-                others = queued + running * MOST_RUNNING / (running + MOST_RUNNING)
-                costs.append(wait_s + uncached * (load.token_s * (1 + others)))
+        for load, uncached in zip(loads, work, strict=True):
+            wait_s = load.wait_s
+            room = load.room_tokens
+            if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
+                wait_s = room_s
+            queued = load.queued
+            running = load.requests - queued
+            others = queued + running * MOST_RUNNING / (running + MOST_RUNNING)
+            costs.append(wait_s + uncached * (load.token_s * (1 + others)))
         return self._decide(view, costs, hits)
 
     def _decide(self, view: View, costs: list[float], hits: list[int] | None) -> Decision:
