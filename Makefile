@@ -1,7 +1,7 @@
 # Each target sets up what it needs (.ci/setup: .venv, vLLM, Ray) and may be the first one run.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format schema bench peers clean
+.PHONY: help serve test test-long check format schema bench scale peers clean
 
 CONFIG := configs/local.yaml
 PORT :=
@@ -17,8 +17,11 @@ serve: ## serve a model: make serve [CONFIG=configs/local.yaml] [HOST=127.0.0.1]
 	@.ci/setup && exec .venv/bin/headrace serve $(CONFIG) \
 	    $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: ## run every test, real vLLM replicas included (at most 20 minutes): make test [ARGS="-m 'not vllm'"]
-	@.ci/setup && exec .venv/bin/pytest $(ARGS)
+test: ## run the tests, real vLLM replicas included (about 20 minutes): make test [ARGS="-m 'not vllm'"]
+	@.ci/setup && exec .venv/bin/pytest -m "not long" $(ARGS)
+
+test-long: ## run the rest: quotas, rollouts, scaling and Ray Serve on Ray and on real replicas (about 25 minutes)
+	@.ci/setup && exec .venv/bin/pytest -m long $(ARGS)
 
 check: ## lint, formatting, types, import rules
 	@.ci/setup dev-only
@@ -38,6 +41,9 @@ schema: ## write configs/schema.json again after the configuration changed
 
 bench: ## measure the relay beside its peers; writes bench/results/relay.md: make bench [ARGS=--quick]
 	@.ci/setup && exec .venv/bin/python -m headrace_bench.relay $(ARGS)
+
+scale: ## 256 simulated replicas, four gateways, 5,000 streams; writes bench/results/scale_test.md (5 minutes)
+	@.ci/setup && exec .venv/bin/python -m headrace_bench.scale_test $(ARGS)
 
 peers: ## install the peers that `make bench` compares with, each in its own environment under .peers/
 	@.ci/setup && exec .venv/bin/python -m headrace_bench.peers install

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings
+
+# A shell's background job ignores Ctrl-C and hands that on to all that it starts: programs that a test interrupts would
+# not notice.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: what an example takes says more of the machine's other work than of ours. The blob that is printed
 # replays a failure.

@@ -20,7 +20,7 @@ import uvloop
 
 from headrace.config import Gateway, node
 from headrace.gateway.server import GatewayServer
-from headrace_bench.real_replica import MODEL
+from headrace_router.disaggregation import DISAGGREGATIONS
 from headrace_router.policies import POLICIES
 from headrace_router.types import Membership, Replica
 
@@ -50,10 +50,13 @@ def read_replicas(path: Path) -> list[Replica]:
 
 async def _serve(args: argparse.Namespace) -> None:
     fields = {"host": "127.0.0.1", "port": 0, "policy": args.policy, "access_log": False}
+    replicas = read_replicas(args.replicas)
+    if args.disaggregation is not None:
+        fields["disaggregation"] = args.disaggregation
     server = GatewayServer(
         node(Gateway, fields, at="gateway"),
-        FixedMembership(read_replicas(args.replicas)),
-        tokenizers={MODEL: ("embedded", {})},
+        FixedMembership(replicas),
+        tokenizers={replica.model: ("embedded", {}) for replica in replicas},
     )
     host, port = server.bind()
     stopping = asyncio.Event()
@@ -69,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="headrace_bench.fixed_gateway")
     parser.add_argument("--replicas", type=Path, required=True, metavar="FILE")
     parser.add_argument("--policy", choices=sorted(POLICIES), required=True)
+    parser.add_argument("--disaggregation", choices=DISAGGREGATIONS)
     uvloop.run(_serve(parser.parse_args()))
     return 0
 

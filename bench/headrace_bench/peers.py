@@ -19,6 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
 
+import msgspec
+
+from headrace_router.types import BootId, Endpoints, Replica, ReplicaId, Role
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEERS = REPOSITORY / ".peers"
 RUST_ROUTERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -29,7 +33,9 @@ RUST_ROUTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "sglang-router": ("sglang-router==0.3.2", ("setproctitle", "aiohttp", "orjson", "uvicorn", "fastapi")),
 }
-GATEWAYS = ("headrace", "headrace+log", "vllm-router", "sglang-router", "haproxy")
+GATEWAYS = ("headrace", "headrace+log", "headrace+tokens", "vllm-router", "sglang-router", "haproxy")
+OUR_NAMES = {"cache_aware": "delay"}
+"""Our policy that does what a peer's is meant to."""
 HAPROXY_BALANCE = {"round_robin": "roundrobin", "least_loaded": "leastconn"}
 HAPROXY_CONFIG = """\
 global
@@ -80,7 +86,9 @@ def launch(name: str, backends: Sequence[str], policy: str, folder: Path) -> Lau
     Raises `PeerMissing` when it is not installed or has no such policy.
     """
     if name in ("headrace", "headrace+log"):
-        return _headrace(name, backends, policy)
+        return _headrace(name, backends, OUR_NAMES.get(policy, policy))
+    if name == "headrace+tokens":
+        return _headrace_with_tokens(backends, OUR_NAMES.get(policy, policy), folder)
     if name == "haproxy":
         return _haproxy(backends, policy, folder)
     return _rust_router(name, backends, policy)
@@ -105,6 +113,32 @@ def _headrace(name: str, backends: Sequence[str], policy: str) -> Launch:
     if name == "headrace":
         command.append("--no-access-log")
     return Launch(name, own_version(), tuple(command), None)
+
+
+def _headrace_with_tokens(backends: Sequence[str], policy: str, folder: Path) -> Launch:
+    """Ours as before replicas of its own fleet: prompts are read as the embedded model's tokens, in blocks of 32.
+
+    The backends tell nothing of their caches, so what is known of them is what was routed there of late.
+    """
+    replicas = [
+        Replica(
+            id=ReplicaId(f"mock-{number}"),
+            boot_id=BootId(f"boot-{number}"),
+            model="mock",
+            role=Role.UNIFIED,
+            endpoints=Endpoints(url),
+            block_size=32,
+            num_blocks=8192,
+            max_model_len=1 << 20,
+        )
+        for number, url in enumerate(backends)
+    ]
+    path = folder / "replicas.json"
+    path.write_bytes(msgspec.json.encode(replicas))
+    command = (
+        sys.executable, "-m", "headrace_bench.fixed_gateway", "--replicas", str(path), "--policy", policy
+    )  # fmt: skip
+    return Launch("headrace+tokens", own_version(), command, None)
 
 
 def own_version() -> str:

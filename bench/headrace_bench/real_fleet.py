@@ -105,7 +105,9 @@ class RealFleet:
 
 
 @asynccontextmanager
-async def real_fleet(count: int, kv_bytes: int, folder: Path) -> AsyncIterator[RealFleet]:
+async def real_fleet(
+    count: int, kv_bytes: int, folder: Path, kv_connector: str | None = None
+) -> AsyncIterator[RealFleet]:
     """`count` replicas, on cores 0, 1, ... of those allowed; their logs in `folder`. Raises `FleetFailed`."""
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
@@ -113,7 +115,7 @@ async def real_fleet(count: int, kv_bytes: int, folder: Path) -> AsyncIterator[R
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(count):
-            process = _start(f"r{number}", cores[number], kv_bytes, folder)
+            process = _start(f"r{number}", cores[number], kv_bytes, folder, kv_connector)
             processes.append(
                 process
             )  # one by one: those that did start are stopped when a later one does not
@@ -132,11 +134,15 @@ async def real_fleet(count: int, kv_bytes: int, folder: Path) -> AsyncIterator[R
             await asyncio.to_thread(_stop, process)
 
 
-def _start(name: str, core: int, kv_bytes: int, folder: Path) -> subprocess.Popen[bytes]:
-    command = (
+def _start(
+    name: str, core: int, kv_bytes: int, folder: Path, kv_connector: str | None
+) -> subprocess.Popen[bytes]:
+    command: tuple[str, ...] = (
         sys.executable, "-m", "headrace_bench.real_replica",
         "--name", name, "--core", str(core), "--kv-bytes", str(kv_bytes),
     )  # fmt: skip
+    if kv_connector is not None:
+        command += ("--kv-connector", kv_connector)
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, process_group=0
@@ -159,6 +165,7 @@ async def _ready(number: int, process: subprocess.Popen[bytes]) -> Replica:
         block_size=told["block_size"],
         num_blocks=told["num_blocks"],
         max_model_len=told["max_model_len"],
+        kv_connector=told["kv_connector"],
     )
 
 

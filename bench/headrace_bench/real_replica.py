@@ -39,7 +39,13 @@ async def _serve(args: argparse.Namespace) -> None:
     from headrace.backends.vllm import VllmBackend
     from headrace.backends.vllm_arguments import EngineSettings
 
-    settings = EngineSettings(MODEL, embedded_model.SOURCE, arguments(args.kv_bytes))
+    settings = EngineSettings(
+        MODEL,
+        embedded_model.SOURCE,
+        arguments(args.kv_bytes),
+        kv_connector=args.kv_connector,
+        kv_options={"kv_buffer_device": "cpu"},
+    )
     backend = VllmBackend(settings, ReplicaId(args.name), "127.0.0.1", cores=((args.core,),))
     try:
         started = await backend.start(lambda phase: print(phase, file=sys.stderr, flush=True))
@@ -54,6 +60,7 @@ def main() -> int:
     parser.add_argument("--name", required=True)
     parser.add_argument("--core", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int, required=True)
+    parser.add_argument("--kv-connector", help="through which it hands prompts over")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     asyncio.run(_serve(args))

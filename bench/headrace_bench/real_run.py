@@ -168,7 +168,7 @@ async def run_contender(contender: Contender, stage: Stage, number: int, seed: i
         process = Process(launch.command, frozenset(os.sched_getaffinity(0)), folder, contender.gateway)
         try:
             url = launch.url or await process.ready_line(ANSWERS_S)
-            await _answers(process, url)
+            await answers(process, url)
             seen = await _measure(stage, url, seed, has_metrics=contender.is_ours)
         finally:
             await asyncio.to_thread(process.stop)
@@ -263,7 +263,7 @@ def asked_of(outcomes: Sequence[Outcome], settle_s: float) -> tuple[Asked, ...]:
     )
 
 
-async def _answers(process: Process, url: str) -> None:
+async def answers(process: Process, url: str) -> None:
     """Return once a whole answer comes through. Raises `DidNotStart`."""
     body: dict[str, Any] = {
         "model": MODEL,

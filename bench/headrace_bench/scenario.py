@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headrace.config import SimulatedEngine
 from headrace.errors import CallerError
 from headrace_bench.ceilings import Ceilings, ceilings, speed_at
+from headrace_bench.handing_over import HandingOver
 from headrace_bench.simulate_summary import SimulationSummary, summarise_run
 from headrace_bench.simulated_workload import SimulatedRequest, clock_step_s, plan_requests
 from headrace_bench.simulator import Run, Simulation
@@ -29,12 +30,15 @@ class Scenario:
     speed: float = 1.0
     jitter_s: float | None = None  # of the trace's time; None: one step of its clock
     slo: Slo = STUDY_SLO
+    handing_over: HandingOver | None = None  # None: no replica can hand over
 
     def __post_init__(self) -> None:
         if not self.records:
             raise CallerError("there is no request to simulate")
         if not 1 <= self.num_replicas <= 1024:
             raise CallerError(f"replicas must be 1..1024, got {self.num_replicas}")
+        if self.handing_over is not None:
+            self.handing_over.roles(self.num_replicas)
 
     def at_utilisation(self, utilisation: float) -> Scenario:
         """The same at the speed where a pooled cache and perfect balance would be busy this much."""
@@ -58,13 +62,19 @@ class Scenario:
         """Run it once. The seed also is the policy's."""
         requests = self.requests(seed)
         run = Simulation(
-            requests, self.engine, self.num_replicas, policy=policy, seed=seed, progress=progress
+            requests,
+            self.engine,
+            self.num_replicas,
+            policy=policy,
+            seed=seed,
+            progress=progress,
+            handing_over=self.handing_over,
         ).run()
         return summarise_run(run, requests, self.engine, policy=policy, seed=seed, slo=self.slo), run
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the records themselves."""
-        return {
+        said: dict[str, Any] = {
             "requests": len(self.records),
             "replicas": self.num_replicas,
             "speed": self.speed,
@@ -73,3 +83,6 @@ class Scenario:
             "engine": self.engine.model_dump(mode="json"),
             "slo": dict(self.slo.bounds()),
         }
+        if self.handing_over is not None:
+            said["handing_over"] = asdict(self.handing_over)
+        return said

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 
 from headrace.errors import CallerError
+from headrace_bench.handing_over import KV_TOKEN_BYTES, HandingOver
+from headrace_bench.scaling_arms import scaler_names
 from headrace_bench.scenario import STUDY_SLO, Scenario
 from headrace_bench.slo import Slo
 from headrace_bench.timing_profile import DEFAULT_PROFILE, TimingProfile, read_profile, with_cache
 from headrace_bench.trace import read_trace, truncate
+from headrace_router.disaggregation import DISAGGREGATIONS, PER_REQUEST, THRESHOLD_TOKENS
 from headrace_router.policies import POLICIES
 
 DESCRIPTION = """Replay a trace on a simulated fleet, in virtual time.
@@ -20,7 +23,10 @@ and of one pooled LRU cache of the fleet's size. Equal options give equal output
 EXAMPLES = """examples:
   headrace simulate --trace conversation.jsonl.gz --replicas 8 --policy delay --speed 2
   headrace simulate --trace conversation.jsonl.gz --replicas 8 --compare all --utilisation 0.8
-  headrace simulate --trace conversation.jsonl.gz --replicas 2 --profile cpu.json --json out.json"""
+  headrace simulate --trace conversation.jsonl.gz --replicas 2 --profile cpu.json --json out.json
+  headrace simulate --trace conversation.jsonl.gz --pools 4P+4D --disaggregation threshold --speed 2
+  headrace simulate --trace conversation.jsonl.gz --replicas 8 --flexible --speed 2
+  headrace simulate --trace conversation.jsonl.gz --autoscale 2:20 --cold-start 90 --scaler headrace,kpa,fixed"""
 
 ALL = "all"
 
@@ -49,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="K", help="moves arrivals within the jitter (default 0)"
     )
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--replicas", type=int, required=True, metavar="N")
+    fleet.add_argument("--replicas", type=int, metavar="N", help="(default: those of --pools)")
     fleet.add_argument("--policy", choices=sorted(POLICIES), default=_default_policy())
     fleet.add_argument(
         "--compare", metavar="P,P,…|all", help="several policies on the same requests: a table and a plot"
@@ -61,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="FILE",
         help="engine and timing, see `headrace calibrate` (default: that of the study)",
+    )
+    _add_handing_over(parser.add_argument_group("prefill and decode apart"))
+    scaling = parser.add_argument_group("autoscaling")
+    scaling.add_argument(
+        "--autoscale", metavar="MIN:MAX", help="scale the fleet; --replicas is then what it starts with"
+    )
+    scaling.add_argument("--cold-start", type=float, metavar="S", help="of a replica (default 60)")
+    scaling.add_argument(
+        "--scaler",
+        metavar="NAME,…|all",
+        help="headrace (default), fixed (--replicas), or those of others with their defaults: "
+        f"{', '.join(name for name in scaler_names() if name not in ('headrace', 'fixed'))}",
     )
     report = parser.add_argument_group("report")
     report.add_argument("--slo-ttft", type=float, metavar="S", help="objectives for goodput (default 2)")
@@ -76,13 +94,22 @@ def scenario(args: argparse.Namespace) -> tuple[TimingProfile, Scenario]:
     """What the options ask for. Raises `CallerError` and its kin on what cannot be."""
     if args.speed is not None and args.utilisation is not None:
         raise CallerError("--speed and --utilisation both set the speed; choose one")
+    handing_over = _handing_over(args)
+    num_replicas = args.replicas
+    if num_replicas is None and args.autoscale:
+        num_replicas = 1  # until the load has been looked at
+    if num_replicas is None:
+        if handing_over is None or not handing_over.pools:
+            raise CallerError("how many replicas? --replicas 8, or --pools 4P+4D")
+        num_replicas = len(handing_over.roles(None))
     bounds = (
-        ("--replicas", args.replicas, 1, 1024),
+        ("--replicas", num_replicas, 1, 1024),
         ("--requests", args.requests, 1, 10_000_000),
         ("--speed", args.speed, 1e-6, 1e6),
         ("--utilisation", args.utilisation, 1e-3, 100),
         ("--jitter", args.jitter, 0, 86_400),
         ("--cache-tokens", args.cache_tokens, 1, 10**12),
+        ("--cold-start", args.cold_start, 0, 86_400),
     )
     for name, value, low, high in bounds:
         if value is not None and not low <= value <= high:
@@ -94,7 +121,7 @@ def scenario(args: argparse.Namespace) -> tuple[TimingProfile, Scenario]:
     asked = Scenario(
         records=truncate(read_trace(args.trace), args.requests),
         engine=engine,
-        num_replicas=args.replicas,
+        num_replicas=num_replicas,
         speed=args.speed or 1.0,
         jitter_s=args.jitter,
         slo=Slo(
@@ -102,6 +129,7 @@ def scenario(args: argparse.Namespace) -> tuple[TimingProfile, Scenario]:
             itl_s=STUDY_SLO.itl_s if args.slo_itl is None else args.slo_itl,
             e2e_s=args.slo_e2e,
         ),
+        handing_over=handing_over,
     )
     return profile, asked if args.utilisation is None else asked.at_utilisation(args.utilisation)
 
@@ -119,6 +147,52 @@ def policies(args: argparse.Namespace) -> list[str]:
     if not names:
         raise CallerError(f"--compare names no policy; there are {', '.join(POLICIES)}")
     return list(dict.fromkeys(names))
+
+
+def _add_handing_over(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pools", metavar="4P+4D", help="prefill, decode and unified (U) replicas that hand prompts over"
+    )
+    group.add_argument(
+        "--flexible", action="store_true", help="every replica may take either half: --pools 8U in short"
+    )
+    group.add_argument(
+        "--disaggregation", choices=DISAGGREGATIONS, help=f"who decides (default {PER_REQUEST})"
+    )
+    group.add_argument(
+        "--threshold", type=int, metavar="N", help=f"uncached tokens (default {THRESHOLD_TOKENS})"
+    )
+    group.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s of a link (default 25e9)")
+    group.add_argument(
+        "--kv-bytes-per-token", type=float, metavar="B", help=f"of keys and values (default {KV_TOKEN_BYTES})"
+    )
+    group.add_argument("--transfer-latency", type=float, metavar="S", help="(default 0.005)")
+
+
+def _handing_over(args: argparse.Namespace) -> HandingOver | None:
+    """None where neither --pools nor --flexible asks for it."""
+    details = {
+        "disaggregation": args.disaggregation,
+        "threshold_tokens": args.threshold,
+        "bandwidth": args.bandwidth,
+        "kv_token_bytes": args.kv_bytes_per_token,
+        "latency_s": args.transfer_latency,
+    }
+    given = {name: value for name, value in details.items() if value is not None}
+    if not args.pools and not args.flexible:
+        if given:
+            raise CallerError("nobody can hand prompts over; add --flexible or --pools 4P+4D")
+        return None
+    bounds = (
+        ("--threshold", args.threshold, 0, 10**9),
+        ("--bandwidth", args.bandwidth, 1.0, 1e15),
+        ("--kv-bytes-per-token", args.kv_bytes_per_token, 1.0, 1e9),
+        ("--transfer-latency", args.transfer_latency, 0.0, 60.0),
+    )
+    for name, value, low, high in bounds:
+        if value is not None and not low <= value <= high:
+            raise CallerError(f"{name} must be {low:g}..{high:g}, got {value:g}")
+    return HandingOver(pools=args.pools or "", **given)
 
 
 def _default_policy() -> str:

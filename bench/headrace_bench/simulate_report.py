@@ -46,10 +46,14 @@ class SimulationReport:
     def headline(self) -> str:
         """One line: what was simulated."""
         scenario = self.scenario
+        handing_over = scenario.handing_over
+        pools = (
+            f" ({handing_over.pools or 'flexible'}, {handing_over.disaggregation})" if handing_over else ""
+        )
         cache_tokens = scenario.engine.num_blocks * scenario.engine.block_size
         return (
             f"{len(scenario.records)} requests of {self.trace} at {scenario.speed:.4g}x on {scenario.num_replicas} "
-            f"replicas of {cache_tokens} tokens, profile {self.profile.name}"
+            f"replicas{pools} of {cache_tokens} tokens, profile {self.profile.name}"
         )
 
     def write(self, path: Path) -> None:
@@ -119,6 +123,11 @@ def total_rows(report: SimulationReport, summary: SimulationSummary) -> list[tup
     share = summary.hit_rate / report.ceilings.pooled if report.ceilings.pooled else 0.0
     rejected = f", {summary.rejected} too long for the engine" if summary.rejected else ""
     imbalance = summary.imbalance
+    handed_over = (
+        [("handed over", f"{summary.handed_over:.1%} of requests")]
+        if report.scenario.handing_over is not None
+        else []
+    )
     return [
         ("requests", f"{summary.requests}{rejected}, in {summary.window_s:.1f} s"),
         (
@@ -142,6 +151,7 @@ def total_rows(report: SimulationReport, summary: SimulationSummary) -> list[tup
             f"time {imbalance.busy_s:.2f}",
         ),
         ("preemptions", str(summary.preemptions)),
+        *handed_over,
     ]
 
 

@@ -47,6 +47,7 @@ class SimulationSummary:
     goodput_per_s: float
     goodput_share: float
     imbalance: Imbalance
+    handed_over: float = 0.0  # share of requests whose prompt another replica computed
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +94,7 @@ def summarise_run(
             _peak_over_mean([use.prefill_tokens for use in run.replicas]),
             _peak_over_mean([use.busy_s for use in run.replicas]),
         ),
+        handed_over=sum(one.moved_tokens > 0 for one in served) / len(served) if served else 0.0,
     )
 
 

@@ -5,6 +5,11 @@
                           ├── load reports ─┤   on change, at most every 5 ms, 1 ms old when they arrive
                           └── KV events ────┘   as a step ends, 2 ms old when they arrive
 
+A request that is handed over goes to one engine for its prompt, then to another for its answer:
+
+    prefill ──1 ms──> queue of the other ──room──> transfer ──> decode
+       └── blocks held until the transfer has ended ──┘
+
 Steps that only decode are taken together (`SimulatedEngine.leap_s`), so no event is paid per token.
 Equal arguments give equal results, to the last digit.
 """
@@ -19,12 +24,15 @@ from typing import Any
 
 from headrace.backends.load_publisher import MIN_GAP_S
 from headrace.backends.simulated_cache import CacheEvent
+from headrace.backends.simulated_sequence import Step
 from headrace.config import SimulatedEngine
+from headrace_bench.handing_over import HandingOver
+from headrace_bench.sharded_gateway import ShardedGateway
 from headrace_bench.simulated_gateway import SimulatedGateway
-from headrace_bench.simulated_replica import SimulatedReplica
+from headrace_bench.simulated_replica import Half, SimulatedReplica
 from headrace_bench.simulated_workload import SimulatedRequest
-from headrace_router.load_table import Booking
-from headrace_router.types import LoadReport
+from headrace_router.router import Choice
+from headrace_router.types import LoadReport, Transfer
 
 SEND_S = 0.001
 """From the decision to the engine's queue."""
@@ -37,6 +45,10 @@ HEARTBEAT_S = 0.1
 
 KV_EVENT_S = 0.002
 """From the end of a step to the prefix index: a batch is longer than a report."""
+
+HOLD_S = 120.0
+"""Longest that a computed prompt is held for a decoding replica without room: then that one computes it itself. Two
+full replicas that wait for each other's room would otherwise wait for ever (vLLM frees after 480 s)."""
 
 PROGRESS_EVERY = 100
 """Requests between two calls of `progress`."""
@@ -55,6 +67,7 @@ class Served:
     cached_tokens: int
     expected_tokens: int  # cached, as the router believed
     answer_tokens: int
+    moved_tokens: int = 0  # of the prompt, received from another replica
 
     @property
     def itl_s(self) -> float | None:
@@ -86,16 +99,24 @@ class Run:
 class _Live:
     """A request on its way."""
 
-    __slots__ = ("booking", "cached_tokens", "expected_tokens", "first_s", "last_s", "replica", "request")
+    __slots__ = (
+        "booking", "cached_tokens", "expected_tokens", "first_s", "handover", "last_s", "moved_tokens", "prefilled",
+        "prefiller", "replica", "request",
+    )  # fmt: skip
 
     def __init__(
-        self, request: SimulatedRequest, replica: int, booking: Booking, expected_tokens: int
+        self, request: SimulatedRequest, choice: Choice, replica: int, prefiller: int | None
     ) -> None:
         self.request = request
         self.replica = replica
-        self.booking = booking
-        self.cached_tokens = 0
-        self.expected_tokens = expected_tokens
+        self.booking = choice.booking
+        self.handover = choice.handover
+        self.prefiller = prefiller  # the replica that computes the prompt, where it is another one
+        self.prefilled = prefiller is None
+        self.moved_tokens = 0
+        self.cached_tokens = -1
+        decision = choice.decision if self.handover is None else self.handover.decision
+        self.expected_tokens = decision.hit_tokens
         self.first_s = -1.0
         self.last_s = -1.0
 
@@ -112,9 +133,21 @@ class Simulation:
         policy: str,
         seed: int,
         progress: Callable[[int], None] | None = None,
+        handing_over: HandingOver | None = None,
+        gateways: int = 1,
+        gateways_tell: bool = True,
     ) -> None:
-        """`progress` is told the number of requests that have ended, now and then."""
-        self.gateway = SimulatedGateway(policy, seed, num_replicas, engine)
+        """`progress` is told the number of requests that have ended, now and then. Several `gateways` tell each other
+        what they book unless `gateways_tell` is False."""
+        self.gateway: SimulatedGateway | ShardedGateway
+        if gateways == 1:
+            self.gateway = SimulatedGateway(policy, seed, num_replicas, engine, handing_over)
+        else:
+            self.gateway = ShardedGateway(
+                policy, seed, num_replicas, engine, handing_over,
+                count=gateways, tells=gateways_tell, schedule=self._at,
+            )  # fmt: skip
+        self._link = handing_over
         self.replicas = [
             SimulatedReplica(number, replica, engine) for number, replica in enumerate(self.gateway.replicas)
         ]
@@ -164,16 +197,60 @@ class Simulation:
         if request.prompt_tokens + request.answer_tokens > self.replicas[0].engine.max_context:
             self._rejected += 1
             return
-        number, booking, hit_tokens = self.gateway.choose(request, self._now_s)
-        self._at(self._now_s + SEND_S, self._deliver, _Live(request, number, booking, hit_tokens))
+        choice = self.gateway.choose(request, self._now_s)
+        prefiller = None if choice.handover is None else self.gateway.number(choice.handover.booking)
+        live = _Live(request, choice, self.gateway.number(choice.booking), prefiller)
+        self._at(self._now_s + SEND_S, self._deliver, live)
 
     def _deliver(self, live: _Live) -> None:
         request_id = str(live.request.number)
         self._live[request_id] = live
-        replica = self.replicas[live.replica]
-        if replica.arrive(request_id, live.request, self._now_s):
+        number, half = live.replica, Half.WHOLE if live.prefiller is None else Half.DECODE
+        if live.prefiller is not None and not live.prefilled:
+            number, half = live.prefiller, Half.PREFILL
+        replica = self.replicas[number]
+        self._changed(replica, replica.arrive(request_id, live.request, self._now_s, half))
+
+    def _changed(self, replica: SimulatedReplica, has_new_end: bool) -> None:
+        if has_new_end:
             self._wake_later(replica)
         self._report_soon(replica)
+
+    def _hand_over(self, live: _Live) -> None:
+        """The prompt is computed: off to the replica that answers."""
+        assert live.handover is not None
+        live.prefilled = True
+        self.gateway.answered(live.handover.booking, self._now_s)
+        self.gateway.release(live.handover.booking, self._now_s)
+        self._at(self._now_s + SEND_S, self._deliver, live)
+        self._at(self._now_s + HOLD_S, self._give_up, live)
+
+    def _start_transfer(self, live: _Live, hit_tokens: int, since_s: float) -> None:
+        assert live.prefiller is not None and self._link is not None
+        sender, receiver = self.replicas[live.prefiller], self.replicas[live.replica]
+        live.moved_tokens = live.request.prompt_tokens - hit_tokens
+        begin_s = max(since_s, sender.link_free_s, receiver.link_free_s)
+        end_s = begin_s + self._link.duration_s(live.moved_tokens)
+        sender.link_free_s = receiver.link_free_s = end_s
+        # What a step started is seen as it ends: never earlier than now.
+        end_s = max(end_s, self._now_s)
+        self._at(end_s, self._received, (live, Transfer(live.moved_tokens, end_s - since_s)))
+
+    def _received(self, arrival: tuple[_Live, Transfer]) -> None:
+        live, transfer = arrival
+        self._end_hold(live, transfer)
+
+    def _give_up(self, live: _Live) -> None:
+        if live.prefiller is not None and not live.moved_tokens:
+            self._end_hold(live, None)
+
+    def _end_hold(self, live: _Live, transfer: Transfer | None) -> None:
+        assert live.prefiller is not None
+        request_id = str(live.request.number)
+        receiver, sender = self.replicas[live.replica], self.replicas[live.prefiller]
+        live.prefiller = None
+        self._changed(receiver, receiver.received(request_id, transfer, self._now_s))
+        self._changed(sender, sender.release(request_id, self._now_s))
 
     def _wake_later(self, replica: SimulatedReplica) -> None:
         if replica.until_s is not None:
@@ -186,11 +263,12 @@ class Simulation:
         now_s, live = self._now_s, self._live
         started_s = replica.started_s
         step = replica.end_step()
-        for request_id, cached_tokens in step.admitted.items():
-            live[request_id].cached_tokens = cached_tokens
+        self._admitted(replica, step)
         steady = 0  # sequences that also emitted as this step began
         for request_id in step.emitted:
             request = live[request_id]
+            if not request.prefilled:
+                continue
             last_s, request.last_s = request.last_s, now_s
             if last_s == started_s:
                 steady += step.rounds
@@ -202,12 +280,26 @@ class Simulation:
         if steady:
             self._count_gap(step.duration_s / step.rounds, steady)
         for request_id in step.finished:
-            self._finish(live.pop(request_id))
+            self._end(request_id)
         if step.events:
             self._at(now_s + KV_EVENT_S, self._deliver_kv, (replica.number, step.events))
         replica.begin(now_s)
         self._wake_later(replica)
         self._report_soon(replica)
+
+    def _admitted(self, replica: SimulatedReplica, step: Step) -> None:
+        for request_id, cached_tokens in step.admitted.items():
+            if self._live[request_id].cached_tokens < 0:
+                self._live[request_id].cached_tokens = cached_tokens
+        for request_id in step.receiving:
+            hit_tokens = replica.engine.local_tokens(request_id)
+            self._start_transfer(self._live[request_id], hit_tokens, replica.started_s)
+
+    def _end(self, request_id: str) -> None:
+        if self._live[request_id].prefilled:
+            self._finish(self._live.pop(request_id))
+        else:
+            self._hand_over(self._live[request_id])
 
     def _count_gap(self, gap_s: float, times: int) -> None:
         gap_us = round(gap_s * 1e6)
@@ -227,6 +319,7 @@ class Simulation:
                 cached_tokens=live.cached_tokens,
                 expected_tokens=live.expected_tokens,
                 answer_tokens=request.answer_tokens,
+                moved_tokens=live.moved_tokens,
             )
         )
         if self._progress is not None and len(self._served) % PROGRESS_EVERY == 0:

@@ -129,7 +129,7 @@ def page(results: Results, profile: TimingProfile, rows: Sequence[Comparison], c
         "answer before it. TTFT and end-to-end of what was sent after the settling, hit rates of the whole run.",
         "",
         "Suspected where it falls short: the fitted model prices a prompt token alike on a short and on a long cached "
-        "prefix, and vLLM's reports tell no context; and real replicas are slowed unevenly by what else runs on their "
+        "prefix; and real replicas are slowed unevenly by what else runs on their "
         "cores, which simulated ones are not.",
     ]
     return lines

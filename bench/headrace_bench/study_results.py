@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,7 @@ SOURCES = (
     "headrace.backends.simulated_report",
     "headrace.backends.timing_model",
     "headrace_bench.ceilings",
+    "headrace_bench.handing_over",
     "headrace_bench.scenario",
     "headrace_bench.simulate_summary",
     "headrace_bench.simulated_gateway",
@@ -113,10 +115,10 @@ class Results:
         os.replace(unfinished, self.path)
 
 
-def fingerprint() -> str:
-    """Of `SOURCES`, packages with all their files."""
+def fingerprint(sources: Sequence[str] = SOURCES) -> str:
+    """Of the named modules, packages with all their files."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in SOURCES:
+    for name in sources:
         source = Path(import_module(name).__file__ or "")
         files = sorted(source.parent.rglob("*.py")) if source.name == "__init__.py" else [source]
         for file in files:

@@ -37,6 +37,12 @@ COMMANDS: Mapping[str, Command] = {
         "headrace.fleet.serve_command", "serve the models of a configuration on a fleet of replicas"
     ),
     "status": Command("headrace.fleet.status_command", "print the replicas of the running fleet"),
+    "apply": Command("headrace.fleet.apply_command", "bring a running fleet to another configuration"),
+    "restart": Command(
+        "headrace.fleet.restart_command", "replace replicas of a running fleet while the others serve"
+    ),
+    "quota": Command("headrace.fleet.quota_command", "show who holds, borrows and waits for shared GPUs"),
+    "scale": Command("headrace.fleet.scale_command", "show or set how many replicas a pool has, and why"),
     "route": Command(
         "headrace.gateway.route_command", "run the gateway alone, before servers that already run"
     ),

@@ -3,8 +3,10 @@
     Config
     ├── fleet      name, placement and life of the replicas
     ├── models[]   a served name, where its weights are, its backend, its pools
-    │   └── pools[]    role, replica count, devices, engine arguments
-    └── gateway    address, routing policy, limits, timeouts
+    │   ├── pools[]      role, replica count, autoscaling, devices, engine arguments
+    │   └── kv_transfer  how its replicas hand KV blocks to each other
+    ├── gateway    address, routing policy, limits, timeouts, the queue
+    └── tenants[]  who shares the fleet, and in which parts; whose GPUs are whose
 
 Defaults stand here and nowhere else. `load` reads a file, `parse` takes a mapping, `node` takes one branch; all
 raise `ConfigError` with every problem found, one per line. Nothing is read from the environment.
@@ -18,36 +20,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from headrace.backends.kv_connectors import NIXL
+from headrace.config_autoscale import Autoscale
 from headrace.config_file import ConfigFile
 from headrace.config_problems import Problem, describe
+from headrace.config_tenants import QuotaSettings, SimulatedNode, Tenant
+from headrace.config_tree import Lenient, Tree
 from headrace.errors import ConfigError
 from headrace_router.types import Role
-
-
-class Tree(BaseModel):
-    """A frozen node. Unknown keys are rejected, and so is `port: yes`: YAML's types must be the field's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-Lenient = Field(strict=False)
-"""For tuples and enums, which YAML writes as lists and strings."""
 
 
 class Pool(Tree):
     """The replicas of one model in one role."""
 
     role: Annotated[Role, Lenient] = Role.UNIFIED
-    replicas: Annotated[int, Field(ge=1, le=4096)] | Literal["per_core"] = Field(
-        1, description="How many; `per_core`: one per CPU core, at most 2."
+    replicas: Annotated[int, Field(ge=0, le=4096)] | Literal["per_core"] = Field(
+        1,
+        description="How many; `per_core`: one per CPU core, at most 2. With `autoscale` it is how many there are at "
+        "first, by default min_replicas.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda where there is a GPU.")
+    autoscale: Autoscale | None = Field(None, description="Absent: the number stays.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="`auto`: cuda where there is a GPU. A simulated replica on cuda holds GPUs and leaves them alone.",
+    )
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share each layer of one replica.")
     pipeline_parallel: int = Field(
         1, ge=1, le=64, description="Groups of GPUs that share a replica's layers."
+    )
+    host_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        le=65536,
+        description="Host memory of one replica for KV blocks that its cache evicts, GiB.",
     )
     cpus: float = Field(
         1.0, ge=0, le=1024, description="Cores of one replica; bound to it when whole and on CPU."
@@ -55,6 +63,15 @@ class Pool(Tree):
     engine: dict[str, Any] = Field(
         default_factory=dict,
         description="vLLM engine arguments, by their Python names: `max_model_len: 4096`.",
+    )
+    tenant: str | None = Field(None, description="Whose GPUs its replicas take, where tenants share GPUs.")
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="Among a tenant's pools; a lower number matters more."
+    )
+    accelerator: str | None = Field(
+        None,
+        min_length=1,
+        description="Kind of its GPUs, by Ray's name: `H100`. By default any; with quotas the tenant's only kind.",
     )
 
 
@@ -75,6 +92,31 @@ class SimulatedEngine(Tree):
     prefill_token_s: float = Field(0.0000625, ge=0, le=1)
     decode_sequence_s: float = Field(0.0002, ge=0, le=1)
     context_token_s: float = Field(0.0, ge=0, le=1)
+    transfer_token_s: float = Field(
+        0.000005, ge=0, le=1, description="To receive a token's KV blocks from another replica."
+    )
+    kv_lease_s: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="How long KV blocks are held for a replica that does not fetch them.",
+    )
+    start_s: float = Field(0.0, ge=0, le=3600, description="To start, as loading a model takes.")
+    start_error: str = Field("", max_length=200, description="Why it does not start, as of a broken model.")
+    wake_s: float = Field(0.5, ge=0, le=3600, description="To wake from sleep.")
+    wakes_wrong: bool = Field(
+        False, description="After sleep it answers otherwise than before, as an engine with broken weights."
+    )
+
+
+class KvTransfer(Tree):
+    """How replicas of one model hand KV blocks to each other."""
+
+    connector: str = Field(NIXL, min_length=1, description="vLLM's name of it.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="The rest of vLLM's kv_transfer_config, by its own names: `kv_buffer_device: cpu`.",
+    )
 
 
 class Model(Tree):
@@ -86,11 +128,21 @@ class Model(Tree):
         "embedded", min_length=1, description="`embedded`, a folder, or a Hugging Face id. vLLM only."
     )
     pools: Annotated[tuple[Pool, ...], Lenient] = Field((Pool(),), min_length=1)
+    kv_transfer: KvTransfer | None = Field(
+        None, description="By default NixlConnector where a pool's role is prefill or decode, else none."
+    )
     simulated: SimulatedEngine = SimulatedEngine()
     urls: Annotated[tuple[str, ...], Lenient] = Field(
         (), description="Servers that already run. External only."
     )
     api_key: str | None = Field(None, description="Sent to external servers instead of the client's own key.")
+
+    @property
+    def transfer(self) -> KvTransfer | None:
+        """How its replicas hand over, None where they do not."""
+        if self.kv_transfer is None and any(pool.role is not Role.UNIFIED for pool in self.pools):
+            return KvTransfer()
+        return self.kv_transfer
 
 
 class Fleet(Tree):
@@ -109,6 +161,10 @@ class Fleet(Tree):
     )
     max_restart_backoff_s: float = Field(
         60.0, gt=0, le=3600, description="Longest wait before a replacement."
+    )
+    quota: QuotaSettings = QuotaSettings()
+    simulated_nodes: Annotated[tuple[SimulatedNode, ...], Lenient] = Field(
+        (), description="Where simulated replicas share tensor_parallel * pipeline_parallel GPUs each."
     )
 
 
@@ -148,6 +204,37 @@ def _of_host_form(text: str) -> str:
     return text
 
 
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$")]
+
+
+class Queue(Tree):
+    """Requests that wait in the gateway while every replica of their model is saturated. Bounds are of one model."""
+
+    max_requests: int = Field(1024, ge=1, le=1_000_000)
+    max_bytes: int = Field(256 * 1024 * 1024, ge=1024, le=64 * 1024**3, description="Of the bodies held.")
+    max_wait_s: float = Field(
+        60.0,
+        gt=0,
+        le=86400,
+        description="Longest wait; a request that will not be served within it is refused.",
+    )
+    max_start_wait_s: float = Field(
+        600.0, gt=0, le=86400, description="Longest wait where the model has no replica and one starts."
+    )
+    saturated_wait_s: float = Field(
+        0.5, ge=0, le=3600, description="Predicted wait from which on a replica counts as saturated."
+    )
+    free_kv: float = Field(
+        0.05, ge=0, le=0.5, description="Share of the KV cache kept free for running answers to grow in."
+    )
+    tenant_header: HeaderName = Field(
+        "x-tenant-id", description="Names whose share a request is served from."
+    )
+    deadline_header: HeaderName = Field(
+        "x-request-timeout", description="Seconds after which the client no longer wants an answer."
+    )
+
+
 class Gateway(Tree):
     """The HTTP front."""
 
@@ -155,6 +242,7 @@ class Gateway(Tree):
         "127.0.0.1", description="Address to listen on: an IP address or a host name."
     )
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
+    processes: int = Field(1, ge=1, le=64, description="Gateway processes on this node that share the port.")
     policy: Literal[
         "delay",
         "round_robin",
@@ -167,8 +255,15 @@ class Gateway(Tree):
         "kv_blend",
         "block_cost",
     ] = "delay"
+    disaggregation: Literal["per_request", "always_remote", "never_remote", "threshold"] = Field(
+        "per_request", description="When another replica computes a prompt, where replicas can hand over."
+    )
+    remote_threshold_tokens: int = Field(
+        2048, ge=0, le=2**31, description="Uncached prompt tokens above which `threshold` hands over."
+    )
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    queue: Queue = Queue()
     retries: int = Field(
         2, ge=0, le=10, description="Other replicas tried before the first byte of an answer."
     )
@@ -182,6 +277,18 @@ class Config(Tree):
     fleet: Fleet = Fleet()
     models: Annotated[tuple[Model, ...], Lenient] = Field(min_length=1)
     gateway: Gateway = Gateway()
+    tenants: Annotated[tuple[Tenant, ...], Lenient] = Field(
+        (), description="Those with a share of their own; others are served too, with a weight of 1 each."
+    )
+
+    @property
+    def has_gpu_quotas(self) -> bool:
+        return any(tenant.gpus for tenant in self.tenants)
+
+    def accelerator_of(self, pool: Pool) -> str | None:
+        """Kind of GPU that a pool takes: its own word, else the only kind that its tenant has; None: any."""
+        kinds = [kind for tenant in self.tenants if tenant.name == pool.tenant for kind in tenant.gpus]
+        return kinds[0] if pool.accelerator is None and len(kinds) == 1 else pool.accelerator
 
 
 Node = TypeVar("Node", bound=Tree)

@@ -75,9 +75,14 @@ def _check_engine_arguments(path: str, config: Config) -> str:
 
 
 def summary(config: Config) -> list[str]:
-    """What the configuration asks for, a line per model and one for the gateway."""
+    """What the configuration asks for, a line per model, per tenant that owns GPUs, and one for the gateway."""
     gateway = config.gateway
     lines = [f"model {model.name}: {_engines(model)}" for model in config.models]
+    for tenant in config.tenants:
+        gpus = ", ".join(f"{quota.nominal} {kind}" for kind, quota in tenant.gpus.items())
+        pools = [model.name for model in config.models for pool in model.pools if pool.tenant == tenant.name]
+        if gpus:
+            lines.append(f"tenant {tenant.name}: {gpus} for {', '.join(dict.fromkeys(pools)) or 'no model'}")
     return [*lines, f"gateway http://{gateway.host}:{gateway.port}, policy {gateway.policy}"]
 
 
@@ -91,4 +96,6 @@ def _engines(model: Model) -> str:
 def _replicas(pool: Pool) -> str:
     gpus = pool.tensor_parallel * pool.pipeline_parallel
     each = f" of {gpus} GPUs" if gpus > 1 else ""
-    return f"{pool.replicas} {pool.role} on {pool.device}{each}"
+    scale = pool.autoscale
+    count = str(pool.replicas) if scale is None else f"{scale.min_replicas} to {scale.max_replicas}"
+    return f"{count} {pool.role} on {pool.device}{each}"

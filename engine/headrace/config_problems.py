@@ -35,6 +35,7 @@ PHRASES = {
     "string_too_long": "at most {max_length} characters long",
     "too_short": "a list of at least {min_length}",
     "finite_number": "a finite number",
+    "time_zone": "the name of a time zone: UTC, Europe/Berlin",
     "host_form": "an IP address or a host name, without scheme and port",
 }
 
@@ -142,16 +143,19 @@ def _fields_at(root: type[BaseModel], path: KeyPath) -> Iterator[str]:
         annotation = _child(annotation, step)
     bare = _bare(annotation)
     if isinstance(bare, type) and issubclass(bare, BaseModel):
-        yield from bare.model_fields
+        yield from (field.alias or name for name, field in bare.model_fields.items())
 
 
 def _child(annotation: object, step: str | int) -> object:
     bare = _bare(annotation)
     if isinstance(bare, type) and issubclass(bare, BaseModel):
-        field = bare.model_fields.get(str(step))
+        fields = {field.alias or name: field for name, field in bare.model_fields.items()}
+        field = fields.get(str(step))
         return field.annotation if field else None
     if get_origin(bare) in (tuple, list):
         return get_args(bare)[0]
+    if get_origin(bare) is dict:
+        return get_args(bare)[1]
     return None
 
 

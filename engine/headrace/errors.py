@@ -11,9 +11,13 @@
     │   └── HeadTooLarge           431
     ├── ShortageError          the system is short of something; retryable; 503 unless it says otherwise
     │   ├── NoReplica              no replica of the model is ready
+    │   ├── QueueFull              429: all replicas are busy, and more waits than may
+    │   ├── Overloaded             all replicas are busy, and its turn would come too late
+    │   ├── QueueTimeout           504: it waited for a replica until its deadline
     │   ├── UpstreamFailed         502: a replica died and no other could take over
     │   ├── UpstreamTimeout        504
     │   ├── ReplicaUnhealthy       a health check failed
+    │   ├── SleepFailed            a replica could not be put to sleep, or is not what it was after waking
     │   └── StartError             a replica, a fleet or a gateway could not start
     │       └── FatalStartError        ...and will not, however often it is tried
     └── Bug                    ours; 500; the message asks for a report
@@ -112,6 +116,27 @@ class NoReplica(ShortageError):
     code = "no_replica"
 
 
+class QueueFull(ShortageError):
+    """All replicas are busy and the caller's tenant holds the largest part of a full queue."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Overloaded(ShortageError):
+    """All replicas are busy and the request's turn would come after its deadline."""
+
+    code = "overloaded"
+
+
+class QueueTimeout(ShortageError):
+    """The request waited for a replica with room until its deadline."""
+
+    status = 504
+    code = "queue_timeout"
+
+
 class ShuttingDown(ShortageError):
     """The gateway is draining."""
 
@@ -136,6 +161,10 @@ class UpstreamTimeout(ShortageError):
 
 class ReplicaUnhealthy(ShortageError):
     """A replica's health check failed."""
+
+
+class SleepFailed(ShortageError):
+    """A replica could not be put to sleep, or is not what it was after waking."""
 
 
 class StartError(ShortageError):

@@ -97,14 +97,23 @@ def show(decisions: list[dict[str, Any]], console: Console) -> None:
             if c["cost"] is not None
         )
         attempt = f" (try {entry['attempt']})" if entry["attempt"] > 1 else ""
+        waited = f", after {entry['waited_s']:.2f} s in the queue" if entry.get("waited_s") else ""
         table.add_row(
             entry["request_id"] + attempt,
             entry["model"],
-            entry["replica"],
-            entry["reason"],
+            _where(entry),
+            entry["reason"] + waited,
             entry["basis"],
             "" if entry["prompt_tokens"] is None else str(entry["prompt_tokens"]),
             str(entry["predicted_hit_tokens"] or ""),
             costs,
         )
     console.print(table)
+
+
+def _where(entry: dict[str, Any]) -> str:
+    """The replica that answers; before it the one that computes the prompt and what the transfer should take."""
+    prefill = entry.get("prefill")
+    if not prefill:
+        return str(entry["replica"])
+    return f"{prefill['replica']} -> {entry['replica']} ({prefill['transfer_s'] * 1000:.0f} ms)"

@@ -103,6 +103,30 @@ class LoadTable:
         self._open_bookings += 1
         return booking
 
+    def book_pair(
+        self, prefill: Booking, load: ReplicaLoad, moved_tokens: int, output_tokens: int, now_s: float
+    ) -> Booking:
+        """Count a request also on the replica that goes on with it, which receives `moved_tokens` of its prompt from
+        the one that `prefill` is on. The two are released independently."""
+        booking = Booking(load, prefill.prompt_tokens, 1, output_tokens, now_s)
+        booking.moved_tokens = moved_tokens
+        booking.is_sent = False
+        prefill.follower = booking
+        load.expect(booking)
+        self._open_bookings += 1
+        return booking
+
+    def booked_elsewhere(self, replica_id: str, boot_id: str, uncached_tokens: int, now_s: float) -> bool:
+        """Another gateway has sent a request to a replica. It counts until the next report that can show it.
+
+        False, changing nothing, where the replica is another by now or reports nothing.
+        """
+        load = self._loads.get(replica_id)
+        if load is None or load.replica.boot_id != boot_id or load.last_report is None:
+            return False
+        load.hear(uncached_tokens, now_s)
+        return True
+
     def answered(self, booking: Booking, now_s: float) -> None:
         """The first token is out, so the prompt is computed. Safe to call again, or never.
 
@@ -112,6 +136,7 @@ class LoadTable:
         load = booking.load
         if booking.answered_at_s is None:
             booking.answered_at_s = now_s
+            self._send_follower(booking, now_s)
         if booking.released or not load.settle(booking) or load.last_report is not None:
             return
         if booking.alone and booking.uncached_tokens > 0 and now_s > booking.booked_at_s:
@@ -123,8 +148,16 @@ class LoadTable:
         if booking.released:
             return
         booking.released = True
+        self._send_follower(booking, now_s)
         booking.load.drop(booking, now_s)
         self._open_bookings -= 1
+
+    def _send_follower(self, booking: Booking, now_s: float) -> None:
+        """The prompt is computed: from now on the decoding replica's reports may show the request."""
+        follower = booking.follower
+        if follower is not None and not follower.is_sent:
+            follower.is_sent = True
+            follower.booked_at_s = now_s
 
     @property
     def open_bookings(self) -> int:

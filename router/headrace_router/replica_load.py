@@ -6,13 +6,18 @@ that a decision among a few replicas is a loop over attributes.
 
 from __future__ import annotations
 
+from collections import deque
+from math import exp
+
 from headrace_router.cost_model import DEFAULT_PRIOR, CostModel, TimingPrior
 from headrace_router.load_columns import LoadColumns
+from headrace_router.transfer_model import TransferModel
 from headrace_router.types import Iteration, LoadReport, Replica
 
 RESIDENCE_S = 5.0  # believed time that a request holds KV cache, before any has ended
 RESIDENCE_MEMORY = 0.05
 UNKNOWN_TOKENS = 1e18  # of a KV cache whose size nobody told: never an obstacle
+ROLE_MEMORY_S = 10.0  # how long what a replica computed lately tells what it will compute next
 LEARNED_PER_REPORT = 4  # steps; the filter needs far fewer than an engine makes
 
 
@@ -23,7 +28,10 @@ class Booking:
         "alone",
         "answered_at_s",
         "booked_at_s",
+        "follower",
+        "is_sent",
         "load",
+        "moved_tokens",
         "output_tokens",
         "prompt_tokens",
         "released",
@@ -48,6 +56,9 @@ class Booking:
         self.answered_at_s: float | None = None  # its first token came
         self.wait_s = 0.0  # believed, when it was booked
         self.alone = False  # nothing else ran there when it came
+        self.moved_tokens = 0  # of the prompt, computed elsewhere and on their way
+        self.is_sent = True  # False while its prompt is still computed elsewhere
+        self.follower: Booking | None = None  # of the prefilling half: that of the replica that goes on
 
     @property
     def replica(self) -> Replica:
@@ -64,10 +75,13 @@ class ReplicaLoad:
     """Policies read, only LoadTable writes. `requests`, `wait_s`, ... are as of the last write."""
 
     __slots__ = (
+        "_arriving",
         "_bookings",
         "_columns",
+        "_elsewhere",
         "_row",
         "_shown",
+        "arriving_tokens",
         "backlog_tokens",
         "booked",
         "cost_model",
@@ -76,6 +90,8 @@ class ReplicaLoad:
         "kv_use",
         "last_report",
         "memory_token_s",
+        "prefilled_at_s",
+        "prefilled_s",
         "queued",
         "replica",
         "reported_at_s",
@@ -89,6 +105,7 @@ class ReplicaLoad:
         "suspended",
         "suspended_until_s",
         "token_s",
+        "transfer_model",
         "unreported",
         "unreported_tokens",
         "wait_s",
@@ -100,14 +117,24 @@ class ReplicaLoad:
         self.slot = slot  # dense number among the present replicas: its place in hits
         self.cost_model = CostModel(prior)
         self.booked = 0  # requests this gateway sent and that have not ended
-        self.unreported = 0  # of those, the ones that no report (and no answer) has shown yet
+        self.unreported = (
+            0  # of those, the ones that no report (and no answer) has shown yet, and other gateways'
+        )
         self.unreported_tokens = 0  # their uncached prompt tokens
+        self._elsewhere: deque[tuple[float, int]] = deque()  # other gateways': when, and tokens; oldest first
         self._bookings: dict[Booking, None] = {}  # the unreported ones, oldest first
         self._shown: dict[
             Booking, None
         ] = {}  # those that a report has shown and whose first token is not out
         self.shown_tokens = 0  # their uncached prompt tokens
         self.shown_hit_tokens = 0  # and those expected to be cached
+        self._arriving: dict[
+            Booking, None
+        ] = {}  # those whose prompt is computed elsewhere, not yet shown here
+        self.arriving_tokens = 0  # room that they will take
+        self.transfer_model = TransferModel()
+        self.prefilled_s = 0.0  # spent on prompts of late: decays with `ROLE_MEMORY_S`
+        self.prefilled_at_s = 0.0
         self.last_report: LoadReport | None = None
         self.reported_at_s: float | None = None  # None where no reports are to be expected
         self.suspended: str | None = None  # why it is out of the view, None while it is in
@@ -140,6 +167,11 @@ class ReplicaLoad:
         missing = prompt_tokens - self.room_tokens
         return missing * self.memory_token_s if missing > 0 else 0.0
 
+    def prefill_share(self, now_s: float) -> float:
+        """Of its time, what it has spent on prompts of late, 0..1."""
+        share = self.prefilled_s / ROLE_MEMORY_S * exp((self.prefilled_at_s - now_s) / ROLE_MEMORY_S)
+        return share if share < 1.0 else 1.0
+
     # --- write path, for LoadTable
 
     def attach(self, columns: LoadColumns | None, row: int) -> None:
@@ -157,13 +189,29 @@ class ReplicaLoad:
         self.unreported_tokens += booking.uncached_tokens
         # What `refresh` would do: the pace of prefill does not depend on what only waits.
         backlog = self.backlog_tokens = self.backlog_tokens + booking.uncached_tokens
-        self.room_tokens = self.free_tokens - backlog
+        self.room_tokens = self.free_tokens - backlog - self.arriving_tokens
         self.wait_s = backlog * self.token_s
-        reported = self.running + self.waiting + self.unreported
+        reported = self.running + self.waiting + self.unreported + len(self._arriving)
         self.requests = self.booked if self.booked > reported else reported
         self.queued += 1
         if self._columns is not None:
             self._write_row()
+
+    def expect(self, booking: Booking) -> None:
+        """One more request that comes with `moved_tokens` computed: room is taken for it, the queue is no longer."""
+        booking.wait_s = 0.0
+        self.booked += 1
+        self._arriving[booking] = None
+        self.arriving_tokens += booking.moved_tokens
+        self.refresh()
+
+    def hear(self, uncached_tokens: int, now_s: float) -> None:
+        """Another gateway has sent a request here. It counts until a report shows it: what becomes of it then is in the
+        reports, so nobody has to tell its end, and a gateway that dies leaves nothing behind."""
+        self._elsewhere.append((now_s, uncached_tokens))
+        self.unreported += 1
+        self.unreported_tokens += uncached_tokens
+        self.refresh()
 
     def drop(self, booking: Booking, now_s: float) -> None:
         """The request has ended. Its time in the queue is no part of its stay: it held no memory there, and counted, a
@@ -171,6 +219,7 @@ class ReplicaLoad:
         self.booked -= 1
         self._forget(booking)
         self._unshow(booking)
+        self._arrived(booking)
         if booking.answered_at_s is not None:
             stay_s = now_s - booking.answered_at_s + booking.uncached_tokens * self.token_s
         else:
@@ -182,7 +231,7 @@ class ReplicaLoad:
     def settle(self, booking: Booking) -> bool:
         """Its prompt is computed: it counts as running, no longer as backlog. False when it already did."""
         settled = self._forget(booking)
-        if self._unshow(booking) or settled:
+        if self._arrived(booking) or self._unshow(booking) or settled:
             self.refresh()
         return settled
 
@@ -199,8 +248,24 @@ class ReplicaLoad:
                 break
             self._forget(oldest)
             self._show(oldest)
+        elsewhere = self._elsewhere
+        while elsewhere and elsewhere[0][0] <= settled_before_s:
+            self.unreported -= 1
+            self.unreported_tokens -= elsewhere.popleft()[1]
+        if self._arriving:
+            for booking in [b for b in self._arriving if b.is_sent and b.booked_at_s <= settled_before_s]:
+                self._arrived(booking)
+                self._show(booking)
+        if report.transfers:
+            self.transfer_model.observe(report.transfers)
         if report.iterations:
             self.cost_model.observe(_telling(report))
+            if tokens := sum(step.prefill_tokens for step in report.iterations):
+                self.prefilled_s = (
+                    self.prefilled_s * exp((self.prefilled_at_s - now_s) / ROLE_MEMORY_S)
+                    + tokens * self.cost_model.seconds_per_token()
+                )
+                self.prefilled_at_s = now_s
         self.refresh()
 
     def _forget(self, booking: Booking) -> bool:
@@ -209,6 +274,13 @@ class ReplicaLoad:
         del self._bookings[booking]
         self.unreported -= 1
         self.unreported_tokens -= booking.uncached_tokens
+        return True
+
+    def _arrived(self, booking: Booking) -> bool:
+        if booking not in self._arriving:
+            return False
+        del self._arriving[booking]
+        self.arriving_tokens -= booking.moved_tokens
         return True
 
     def _show(self, booking: Booking) -> None:
@@ -240,7 +312,7 @@ class ReplicaLoad:
         report = self.last_report
         booked, backlog = self.booked, self.unreported_tokens
         # A report also counts other gateways' requests; our own bookings are exact but only ours.
-        reported = self.running + self.waiting + self.unreported
+        reported = self.running + self.waiting + self.unreported + len(self._arriving)
         self.requests = booked if booked > reported else reported
         self.queued = self.waiting + self.unreported
         if report is not None:
@@ -252,7 +324,7 @@ class ReplicaLoad:
             held = self.held_tokens = self.kv_use * capacity
             self.free_tokens = capacity - held
             self.memory_token_s = self.residence_s / max(held, 1.0)
-        self.room_tokens = self.free_tokens - backlog
+        self.room_tokens = self.free_tokens - backlog - self.arriving_tokens
         running = self.running if report is not None else booked - self.unreported
         token_s = self.token_s = self.cost_model.seconds_per_token(running, self.held_tokens)
         self.wait_s = backlog * token_s
@@ -276,8 +348,10 @@ class ReplicaLoad:
     def check_integrity(self) -> None:
         """Raise AssertionError unless the unreported bookings add up."""
         name = self.replica.id
-        assert self.unreported == len(self._bookings), f"{name}: {self.unreported} of {len(self._bookings)}"
+        unreported = len(self._bookings) + len(self._elsewhere)
+        assert self.unreported == unreported, f"{name}: {self.unreported} of {unreported}"
         tokens = sum(booking.uncached_tokens for booking in self._bookings)
+        tokens += sum(tokens for _, tokens in self._elsewhere)
         assert self.unreported_tokens == tokens, f"{name}: {self.unreported_tokens} tokens, not {tokens}"
         shown = (
             sum(booking.uncached_tokens for booking in self._shown),
@@ -285,10 +359,17 @@ class ReplicaLoad:
         )
         held = (self.shown_tokens, self.shown_hit_tokens)
         assert held == shown, f"{name}: {held} shown tokens, not {shown}"
-        assert not self._shown.keys() & self._bookings.keys(), f"{name}: a booking is shown and unreported"
-        assert self.booked >= len(self._shown) + self.unreported, f"{name}: more shown than booked"
-        assert self.booked >= self.unreported >= 0, f"{name}: {self.unreported} of {self.booked} unreported"
-        assert not any(booking.released for booking in self._bookings), f"{name} holds a released booking"
+        arriving = sum(booking.moved_tokens for booking in self._arriving)
+        assert self.arriving_tokens == arriving, f"{name}: {self.arriving_tokens} arriving, not {arriving}"
+        places = (self._bookings, self._shown, self._arriving)
+        assert len(self._bookings | self._shown | self._arriving) == sum(map(len, places)), f"{name}: twice"
+        assert self.booked >= sum(map(len, places)), f"{name}: more known than booked"
+        assert self.booked >= len(self._bookings), (
+            f"{name}: {len(self._bookings)} of {self.booked} unreported"
+        )
+        assert not any(booking.released for place in places for booking in place), (
+            f"{name} holds a released booking"
+        )
 
 
 def _telling(report: LoadReport) -> list[Iteration]:

@@ -35,6 +35,7 @@ class ReplicaState(StrEnum):
     STARTING = "starting"  # placed, loading
     READY = "ready"
     DRAINING = "draining"  # finishes what runs, receives nothing new
+    SLEEPING = "sleeping"  # has given its device's memory back; serves nobody until it is woken
     FAILED = "failed"  # died or never started; a successor may be on its way
     STOPPED = "stopped"
 
@@ -68,6 +69,7 @@ class Replica:
     max_model_len: int | None = None  # tokens, prompt and answer together
     node: str = ""  # where it runs, for people
     api_key: str | None = None  # asked for by this replica alone (an external server); never shown
+    kv_connector: str | None = None  # replicas of one model with the same one may hand KV over to each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ class Membership:
     replicas: tuple[Replica, ...]
     epoch: str = ""
     models: tuple[str, ...] = ()  # every configured one, also without a replica; replicas' own count anyway
+    coming: tuple[
+        str, ...
+    ] = ()  # models of which a replica starts, or would on demand: their requests may wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,13 @@ class Iteration:
     prefill_tokens: int  # prompt tokens computed in this step
     decode_sequences: int  # sequences that each produced a token
     context_tokens: int = 0  # tokens already in the cache that this step attended to, 0 where unknown
+
+
+class Transfer(NamedTuple):
+    """One KV hand-over that a decoding engine received."""
+
+    tokens: int  # whose keys and values came
+    duration_s: float  # from asking for them to having them
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,7 @@ class LoadReport:
     generation_tokens_total: int = 0  # counter
     preemptions_total: int = 0  # counter
     iterations: tuple[Iteration, ...] = ()  # steps since the last report, newest last, at most 64
+    transfers: tuple[Transfer, ...] = ()  # received since the last report
 
 
 class Request(NamedTuple):
@@ -128,6 +141,7 @@ class Request(NamedTuple):
     """Of the full blocks, by block size: one entry per size in `PrefixIndex.block_sizes(model)`."""
     chunk_hashes: NDArray[np.uint64] | None = None  # of the full text chunks, where tokens are not known
     priority: int = 0  # lower is served first, as in vLLM
+    can_hand_over: bool = False  # the API call allows that another replica computes the prompt
 
     @property
     def size_tokens(self) -> int:

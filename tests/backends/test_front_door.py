@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from headrace.backends.front_door import FrontDoor
+from headrace.backends.front_door import RELEASE_PATH, FrontDoor
 
 
 async def inside(scope: Any, receive: Any, send: Any) -> None:
@@ -79,3 +79,31 @@ async def test_a_500_of_a_dead_engine_is_a_503_that_others_may_retry() -> None:
 async def test_a_500_of_a_living_engine_and_a_200_of_a_dead_one_stay_what_they_are() -> None:
     assert (await ask(FrontDoor(failing, "secret", is_broken=lambda: False), RIGHT))[0]["status"] == 500
     assert (await ask(FrontDoor(inside, "secret", is_broken=lambda: True), RIGHT))[0]["status"] == 200
+
+
+async def released_by(door: FrontDoor, body: bytes, *headers: tuple[bytes, bytes]) -> int:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await door({"type": "http", "path": RELEASE_PATH, "headers": list(headers)}, receive, send)
+    status: int = sent[0]["status"]
+    return status
+
+
+async def test_held_blocks_are_released_with_the_token_alone_and_by_a_closed_door_too() -> None:
+    released: list[str] = []
+
+    async def release_kv(request_ids: list[str]) -> None:
+        released.extend(request_ids)
+
+    door = FrontDoor(inside, "secret", release_kv=release_kv)
+    assert await released_by(door, b'{"request_ids": ["a"]}') == 401
+    assert await released_by(door, b"[]", RIGHT) == 400
+    door.close()
+    assert await released_by(door, b'{"request_ids": ["a", "b"]}', RIGHT) == 200
+    assert released == ["a", "b"]

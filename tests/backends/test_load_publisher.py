@@ -10,13 +10,17 @@ import zmq
 import zmq.asyncio
 
 from headrace.backends.load_publisher import MAX_ITERATIONS, LoadPublisher, decode_report
-from headrace_router.types import BootId, Iteration, LoadReport, ReplicaId
+from headrace_router.types import BootId, Iteration, LoadReport, ReplicaId, Transfer
 
 PATIENCE_S = 10.0
 
 
-def report(running: int = 0, iterations: tuple[Iteration, ...] = ()) -> LoadReport:
-    return LoadReport(ReplicaId("r-0"), BootId("b"), 0, running, 0, 0.5, 7, iterations=iterations)
+def report(
+    running: int = 0, iterations: tuple[Iteration, ...] = (), transfers: tuple[Transfer, ...] = ()
+) -> LoadReport:
+    return LoadReport(
+        ReplicaId("r-0"), BootId("b"), 0, running, 0, 0.5, 7, iterations=iterations, transfers=transfers
+    )
 
 
 class Reader:
@@ -78,6 +82,20 @@ async def test_iterations_are_sent_once_and_only_the_newest_fit(publisher: LoadP
     reader.close()
     assert [one.prefill_tokens for one in seen.iterations] == list(range(10, MAX_ITERATIONS + 10))
     assert after.iterations == ()
+
+
+async def test_transfers_are_sent_once_and_joined(publisher: LoadPublisher) -> None:
+    publisher.publish(report())
+    reader = Reader(publisher.start())
+    await reader.next()
+    for tokens in (100, 200):
+        publisher.publish(report(transfers=(Transfer(tokens, 0.25),)))
+    while not (seen := await reader.next()).transfers:
+        pass
+    after = await reader.next()
+    reader.close()
+    assert seen.transfers == (Transfer(100, 0.25), Transfer(200, 0.25))
+    assert after.transfers == ()
 
 
 async def test_stop_is_safe_twice_before_start_and_releases_the_port(publisher: LoadPublisher) -> None:

@@ -24,7 +24,7 @@ from headrace.backends.kv_event_wire import (
 from headrace.backends.simulated import SimulatedBackend
 from headrace.backends.simulated_tokens import hash_blocks
 from headrace.config import SimulatedEngine
-from headrace.errors import ReplicaUnhealthy, StartError
+from headrace.errors import ReplicaUnhealthy, SleepFailed, StartError
 from headrace_router.types import ReplicaId
 
 MODEL = "toy"
@@ -273,3 +273,13 @@ async def test_an_address_of_another_node_is_a_start_error() -> None:
     backend = SimulatedBackend(SimulatedEngine(), MODEL, ReplicaId("toy-0"), host="192.0.2.1")
     with pytest.raises(StartError, match="address of this node"):
         await backend.start(lambda _phase: None)
+
+
+async def test_an_engine_that_answers_otherwise_after_sleep_is_noticed() -> None:
+    settings = SimulatedEngine.model_validate({"wake_s": 0.0, "wakes_wrong": True})
+    backend = SimulatedBackend(settings, "sim", ReplicaId("sim-0"))
+    await backend.start(lambda _: None)
+    await backend.sleep()
+    with pytest.raises(SleepFailed, match="as before"):
+        await backend.wake()
+    await backend.stop()

@@ -175,6 +175,71 @@ def test_requests_that_can_never_run_are_refused_with_the_bound() -> None:
         simulated.add("a", 1, 1)
 
 
+def test_a_held_prompt_keeps_its_blocks_until_it_is_released() -> None:
+    simulated = engine()
+    simulated.add("a", 10, 1, [1, 2], holds=True)
+    (step,) = run(simulated)
+    assert step.finished == ["a"]
+    assert (simulated.running, simulated.waiting) == (0, 0)
+    assert simulated.kv_use == 3 / 16
+    assert simulated.release("a")
+    assert not simulated.release("a")
+    assert simulated.kv_use == 0
+    simulated.check_integrity()
+
+
+def test_a_prompt_from_elsewhere_takes_room_waits_and_then_computes_its_last_token_alone() -> None:
+    simulated = engine(prefill_token_s=0.5)
+    simulated.add("a", 10, 3, [1, 2], is_external=True)
+    assert simulated.backlog_tokens == 0
+    step = simulated.step()
+    assert step is not None
+    assert (step.receiving, step.emitted, step.duration_s) == (["a"], [], 0.0)
+    assert simulated.step() is None
+    assert (simulated.running, simulated.waiting, simulated.kv_use) == (0, 1, 3 / 16)
+    assert simulated.received("a")
+    assert not simulated.received("a")
+    steps = run(simulated)
+    assert [step.emitted for step in steps] == [["a"], ["a"], ["a"]]
+    assert [step.prefill_tokens for step in steps] == [1, 0, 0]
+    assert steps[0].events == [Stored("a", 0, [1, 2], None)]
+    assert simulated.kv_use == 0
+
+
+def test_a_prompt_from_elsewhere_moves_only_what_is_not_cached() -> None:
+    simulated = engine()
+    simulated.add("a", 10, 1, [1, 2])
+    run(simulated)
+    simulated.add("b", 14, 1, [1, 2, 3], is_external=True)
+    simulated.step()
+    assert simulated.local_tokens("b") == 8
+
+
+def test_a_prompt_from_elsewhere_waits_for_room_behind_nobody_who_could_give_it() -> None:
+    simulated = engine()
+    simulated.add("a", 60, 1, holds=True)
+    run(simulated)
+    simulated.add("b", 20, 2, is_external=True)
+    assert simulated.step() is None
+    simulated.release("a")
+    step = simulated.step()
+    assert step is not None
+    assert step.receiving == ["b"]
+
+
+@pytest.mark.parametrize("admitted", [False, True])
+def test_a_prompt_that_never_comes_is_computed_here(admitted: bool) -> None:
+    simulated = engine()
+    simulated.add("a", 10, 2, [1, 2], is_external=True)
+    if admitted:
+        simulated.step()
+    assert simulated.not_received("a")
+    assert not simulated.not_received("a")
+    simulated.check_integrity()
+    assert simulated.backlog_tokens == 10
+    assert [step.emitted for step in run(simulated)] == [["a"], ["a"]]
+
+
 @pytest.mark.parametrize("horizon_s", [0.5, 3.0, 100.0])
 def test_leaping_over_decodes_changes_no_time_and_no_token(horizon_s: float) -> None:
     def story(horizon_s: float) -> tuple[dict[str, float], list[object], int]:
@@ -200,6 +265,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = engine(num_blocks=12, max_model_len=48)
         self.owed: dict[str, int] = {}
         self.mirror: set[int] = set()
+        self.receiving: set[str] = set()
+        self.held: set[str] = set()
+        self.holding: set[str] = set()  # will be held when they finish
         self.count = 0
 
     @rule(
@@ -208,14 +276,32 @@ class EngineMachine(RuleBasedStateMachine):
         family=st.integers(0, 2),
         shared=st.integers(0, 12),
         known=st.integers(0, 12),
+        half=st.sampled_from(["whole", "whole", "prefill", "decode"]),
     )
-    def arrive(self, prompt: int, answer: int, family: int, shared: int, known: int) -> None:
+    def arrive(self, prompt: int, answer: int, family: int, shared: int, known: int, half: str) -> None:
         name = f"r{self.count}"
         self.count += 1
         private = 1000 * self.count
         hashes = [100 * family + index if index < shared else private + index for index in range(known)]
-        self.engine.add(name, prompt, answer, hashes[: (prompt + answer) // 4])
+        hashes = hashes[: (prompt + answer) // 4]
+        self.engine.add(name, prompt, answer, hashes, holds=half == "prefill", is_external=half == "decode")
         self.owed[name] = answer
+        if half == "prefill":
+            self.holding.add(name)
+
+    @precondition(lambda self: self.receiving)
+    @rule(data=st.data(), comes=st.booleans())
+    def transfer_ends(self, data: st.DataObject, comes: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.receiving)))
+        assert self.engine.received(name) if comes else self.engine.not_received(name)
+        self.receiving.remove(name)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def taken(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.held)))
+        assert self.engine.release(name)
+        self.held.remove(name)
 
     @precondition(lambda self: self.owed)
     @rule(data=st.data())
@@ -223,19 +309,24 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.owed)))
         assert self.engine.abort(name)
         del self.owed[name]
+        self.receiving.discard(name)
 
     @rule(steps=st.integers(1, 12), horizon_s=st.sampled_from([0.0, 2.5, 100.0]))
     def progress(self, steps: int, horizon_s: float) -> None:
         for _ in range(steps):
             step = self.engine.step(horizon_s)
             if step is None:
-                assert not self.owed
+                assert not self.owed or self.held or self.receiving
                 return
-            assert step.prefill_tokens + len(step.emitted) > 0, "a step did nothing"
+            done = step.prefill_tokens + len(step.emitted) + len(step.receiving)
+            assert done > 0 or (step.preempted and (self.held or self.receiving)), "a step did nothing"
+            self.receiving.update(step.receiving)
             for name in step.emitted:
                 self.owed[name] -= step.rounds
             for name in step.finished:
                 assert self.owed.pop(name) == 0
+                if name in self.holding:
+                    self.held.add(name)
             self.replay(step)
 
     @rule()
@@ -261,8 +352,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.running + self.engine.waiting == len(self.owed)
 
     def teardown(self) -> None:
-        for name in list(self.owed):
-            self.engine.abort(name)
+        for name in [*self.owed, *self.held]:
+            assert self.engine.abort(name)
         self.engine.check_integrity()
         assert (self.engine.kv_use, self.engine.backlog_tokens) == (0.0, 0)
 

@@ -1,7 +1,10 @@
 """Settings become vLLM's command line. No vLLM is imported here."""
 
+import json
+
 import pytest
 
+from headrace.backends.kv_connectors import handing_over
 from headrace.backends.vllm_argument_check import faults
 from headrace.backends.vllm_arguments import OWNED, EngineSettings, command_line, explain
 from headrace.errors import FatalStartError
@@ -16,14 +19,14 @@ def test_values_of_every_kind_are_spelled_as_vllm_wants_them() -> None:
         max_model_len=2048,
         enforce_eager=True,
         enable_chunked_prefill=False,
-        kv_transfer_config={"kv_role": "kv_both"},
+        compilation_config={"mode": "none"},
         allowed_origins=["a", "b"],
         seed=None,
     )
     assert "--max-model-len 2048" in line
     assert "--enforce-eager" in line
     assert "--no-enable-chunked-prefill" in line
-    assert '--kv-transfer-config {"kv_role": "kv_both"}' in line
+    assert '--compilation-config {"mode": "none"}' in line
     assert "--allowed-origins a b" in line
     assert "--seed" not in line
 
@@ -69,3 +72,36 @@ def test_vllm_judges_every_argument_by_itself() -> None:
     assert sorted(told) == sorted(wrong)
     assert "did you mean 'block_size'?" in told["blok_size"]
     assert "at least 1" in told["max_num_seqs"]
+
+
+def transfer_words(**settings: object) -> tuple[list[str], dict[str, object]]:
+    line = command_line(EngineSettings("m", "/models/m", **settings))  # type: ignore[arg-type]
+    return line, json.loads(line[line.index("--kv-transfer-config") + 1])
+
+
+def test_a_connector_is_spelled_with_what_every_replica_needs() -> None:
+    line, config = transfer_words(kv_connector="NixlConnector", kv_options={"kv_buffer_device": "cpu"})
+    assert config == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_buffer_device": "cpu",
+    }
+    assert line[line.index("--worker-extension-cls") + 1] == "headrace.backends.kv_release.KvRelease"
+
+
+def test_host_memory_alone_tells_what_it_holds() -> None:
+    _, config = transfer_words(host_cache_gib=4.0)
+    assert config["kv_connector"] == "OffloadingConnector"
+    extra = {"cpu_bytes_to_use": 4 * 1024**3, "self_describing_kv_events": True}
+    assert config["kv_connector_extra_config"] == extra
+    assert "--kv-transfer-config" not in command_line(EngineSettings("m", "/models/m"))
+
+
+def test_host_memory_beside_a_connector_makes_both_parts_of_one() -> None:
+    _, config = transfer_words(kv_connector="NixlConnector", host_cache_gib=0.5)
+    assert config["kv_connector"] == "MultiConnector"
+    parts = config["kv_connector_extra_config"]["connectors"]  # type: ignore[index]
+    assert [part["kv_connector"] for part in parts] == ["NixlConnector", "OffloadingConnector"]
+    assert parts[1]["kv_connector_extra_config"]["cpu_bytes_to_use"] == 512 * 1024**2
+    assert handing_over("MultiConnector", config) == "NixlConnector"

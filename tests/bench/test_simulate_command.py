@@ -50,6 +50,16 @@ def test_one_policy_is_printed_in_full_and_equal_options_give_equal_bytes(
     assert data["scenario"]["cache_tokens"] == 20000 // 512 * 512
 
 
+def test_pools_are_simulated_and_say_how_much_was_handed_over(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["simulate", "--trace", str(trace), "--pools", "1P+1D", "--disaggregation", "threshold"]
+    assert main([*command, "--threshold", "10", "--kv-bytes-per-token", "20000"]) == 0
+    screen = capsys.readouterr().out
+    assert "2 replicas (1P+1D," in screen
+    assert "handed over: 100.0% of requests" in screen
+
+
 def test_a_comparison_prints_a_table_and_writes_a_plot_and_a_page(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +78,10 @@ def test_a_comparison_prints_a_table_and_writes_a_plot_and_a_page(
     ("options", "said"),
     [
         (["--replicas", "0"], "--replicas must be 1..1024"),
+        ([], "how many replicas"),
+        (["--replicas", "3", "--pools", "1P+1D"], "have 2 replicas"),
+        (["--replicas", "2", "--bandwidth", "1e9"], "nobody can hand prompts over"),
+        (["--replicas", "2", "--flexible", "--bandwidth", "0"], "--bandwidth must be 1..1e+15"),
         (["--replicas", "2", "--speed", "1", "--utilisation", "0.5"], "choose one"),
         (["--replicas", "2", "--compare", "delay,fastest"], "unknown policy 'fastest'"),
         (["--replicas", "2", "--cache-tokens", "100"], "holds no block"),
@@ -106,3 +120,37 @@ def test_a_profile_that_cannot_be_names_its_key(tmp_path: Path, text: str, said:
     path.write_text(text)
     with pytest.raises(ProfileError, match=said):
         read_profile(path)
+
+
+def test_a_scaled_fleet_is_printed_and_equal_options_give_equal_bytes(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for name in ("one.json", "two.json"):
+        out = tmp_path / name
+        command = ["simulate", "--trace", str(trace), "--autoscale", "1:4", "--cold-start", "5"]
+        assert main([*command, "--scaler", "all", "--seed", "3", "--json", str(out)]) == 0
+        outputs.append((capsys.readouterr().out, out.read_bytes()))
+    assert outputs[0] == outputs[1]
+    screen, data = outputs[0][0], json.loads(outputs[0][1])
+    assert "GPU hours" in screen and "ray-serve" in screen
+    assert [one["scaler"].split()[0] for one in data["scalers"]][:2] == ["headrace", "fixed"]
+    assert all(one["requests"] == 40 for one in data["scalers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--autoscale", "4"], "MIN:MAX"),
+        (["--autoscale", "4:2"], "1 <= min <= max"),
+        (["--autoscale", "1:4", "--scaler", "keda"], "unknown scaler 'keda'"),
+        (["--autoscale", "1:4", "--cold-start", "-1"], "--cold-start must be"),
+        (["--autoscale", "1:4", "--compare", "all"], "goes with --scaler"),
+        (["--replicas", "2", "--scaler", "kpa"], "add --autoscale"),
+    ],
+)
+def test_options_of_scaling_that_cannot_be_are_told(
+    trace: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--trace", str(trace), *options]) != 0
+    assert said in capsys.readouterr().err

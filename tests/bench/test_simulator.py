@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from headrace.config import SimulatedEngine
 from headrace.errors import CallerError
 from headrace_bench.ceilings import ceilings, speed_at, work_s
+from headrace_bench.disaggregation_arms import study_arms
+from headrace_bench.disaggregation_study import main as study
+from headrace_bench.handing_over import HandingOver
 from headrace_bench.scenario import Scenario
 from headrace_bench.simulated_workload import clock_step_s, plan_requests
 from headrace_bench.simulator import SEND_S, Simulation
 from headrace_bench.trace import TraceRecord
+from headrace_router.disaggregation import ALWAYS_REMOTE, DISAGGREGATIONS, NEVER_REMOTE
 from headrace_router.policies import POLICIES
 
 ENGINE = SimulatedEngine(
@@ -102,6 +109,76 @@ def test_delay_keeps_conversations_where_their_past_is() -> None:
     assert delay.ttft_s.mean < spread.ttft_s.mean
     assert delay.predicted_hit_rate == pytest.approx(delay.hit_rate, rel=0.05)
     assert delay.hit_rate <= scenario(records).ceilings(scenario(records).requests(0)).infinite + 1e-9
+
+
+def test_a_hand_over_takes_a_prefill_a_transfer_and_a_decode() -> None:
+    link = HandingOver("1P+1D", ALWAYS_REMOTE, bandwidth=1e9, kv_token_bytes=100_000, latency_s=0.01)
+    one = replace(scenario((TraceRecord(0.0, 3000, 5),), 2), handing_over=link)
+    summary, run = one.simulate("delay", 0)
+    [served] = run.served
+    prefill_s = 2 * 0.01 + 3000 * 0.0001  # chunks of 2048 and 952 tokens
+    transfer_s = 0.01 + 3000 * 1e-4
+    assert served.ttft_s == pytest.approx(2 * SEND_S + prefill_s + transfer_s + 0.0101)
+    assert served.e2e_s == pytest.approx(served.ttft_s + 4 * 0.011)
+    assert (served.moved_tokens, served.replica, summary.handed_over) == (3000, 1, 1.0)
+    assert summary.itl_s is not None
+    assert summary.itl_s.count == 4
+
+
+@pytest.mark.parametrize("policy", ["delay", "round_robin", "kv_blend"])
+@pytest.mark.parametrize("mode", DISAGGREGATIONS)
+@pytest.mark.parametrize("pools", ["", "1P+2D", "2P+1D", "1P+1D+1U"])
+def test_every_way_to_hand_over_serves_every_request_once(policy: str, mode: str, pools: str) -> None:
+    records = conversations(8, 5, gap_s=0.1)
+    one = replace(scenario(records), handing_over=HandingOver(pools, mode, threshold_tokens=1000))
+    summary, run = one.simulate(policy, 1)
+    assert [served.number for served in run.served] == list(range(len(records)))
+    assert sum(times for _, times in run.gaps_us) == sum(record.output_tokens - 1 for record in records)
+    assert all(0 < served.ttft_s <= served.e2e_s for served in run.served)
+    if mode == NEVER_REMOTE:
+        assert summary.handed_over == 0
+    if mode == ALWAYS_REMOTE and "U" not in pools and pools:
+        assert summary.handed_over == 1
+    assert one.simulate(policy, 1) == (summary, run)
+
+
+def test_replicas_that_wait_for_each_others_room_go_on() -> None:
+    """Every prompt takes two thirds of a cache: held on one side, it may wait for ever on the other."""
+    records = tuple(TraceRecord(0.01 * number, 20_000, 30, ()) for number in range(12))
+    one = replace(scenario(records, 2), handing_over=HandingOver("", ALWAYS_REMOTE))
+    _, run = one.simulate("round_robin", 0)
+    assert len(run.served) == 12
+
+
+@pytest.mark.parametrize(
+    ("pools", "said"), [("4P4D", "cannot be read"), ("3P+1X", "cannot be read"), ("1P+1D", "has|have 2")]
+)
+def test_pools_that_cannot_be_are_refused(pools: str, said: str) -> None:
+    with pytest.raises(CallerError, match=said):
+        replace(scenario(conversations(2, 2), 3), handing_over=HandingOver(pools))
+    with pytest.raises(CallerError, match="unknown disaggregation"):
+        HandingOver("", "sometimes")
+
+
+def test_the_disaggregation_study_writes_what_it_measured_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    trace = tmp_path / "trace.jsonl"
+    rows = [
+        {"timestamp": 300 * number, "input_length": 1000, "output_length": 9, "hash_ids": [0, number]}
+        for number in range(30)
+    ]
+    trace.write_text("\n".join(json.dumps(row) for row in rows))
+    command = ["--trace", str(trace), "--seeds", "1", "--speeds", "1,2", "--out", str(tmp_path / "study")]
+    assert study([*command, "--arms", "flexible"]) in (0, 2)
+    assert "8 runs" in capsys.readouterr().out
+    assert study(command) in (0, 2)
+    assert f"{2 * len(study_arms())} runs" in capsys.readouterr().out
+    page = (tmp_path / "study.md").read_text()
+    assert all(arm.name in page for arm in study_arms())
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert study([*command, "--arms", "nothing"]) == 1
 
 
 def test_a_request_longer_than_the_context_is_rejected_not_lost() -> None:

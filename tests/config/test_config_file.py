@@ -19,9 +19,9 @@ def said_of(folder: Path, text: str | bytes) -> str:
 
 
 def test_a_problem_stands_where_its_key_stands(tmp_path: Path) -> None:
-    text = "models:\n  - name: m\n    pools:\n      - {replicas: 0}\ngateway:\n  polcy: random\n"
+    text = "models:\n  - name: m\n    pools:\n      - {replicas: -1}\ngateway:\n  polcy: random\n"
     assert said_of(tmp_path, text).splitlines() == [
-        "4:10: models[0].pools[0].replicas is 0; it must be at least 1",
+        "4:10: models[0].pools[0].replicas is -1; it must be at least 0",
         "6:3: unknown key 'polcy' in gateway; did you mean 'policy'?",
     ]
 

@@ -9,6 +9,7 @@ import pytest
 
 from headrace.config import parse
 from headrace.errors import ConfigError
+from headrace.fleet.specs import expand
 
 
 def problems(*models: dict[str, Any], **branches: Any) -> str:
@@ -148,5 +149,95 @@ def test_addresses_and_names_are_hosts(host: str) -> None:
 
 
 def test_bounds_of_whole_numbers_are_whole() -> None:
-    assert "it must be at least 1" in problems({"pools": [{"replicas": 0}]})
-    assert "1.0" not in problems({"pools": [{"replicas": 0}]})
+    assert "it must be at least 0" in problems({"pools": [{"replicas": -1}]})
+    assert "0.0" not in problems({"pools": [{"replicas": -1}]})
+
+
+def test_roles_need_a_connector_that_hands_over() -> None:
+    pools = [{"role": "prefill"}, {"role": "decode"}]
+    told = problems({"pools": pools, "kv_transfer": {"connector": "OffloadingConnector"}})
+    assert "'OffloadingConnector', by which nothing is handed over" in told
+    assert "NixlConnector" in told
+
+
+def test_roles_bring_a_connector_along() -> None:
+    pools = [{"role": "prefill"}, {"role": "decode"}]
+    model = parse({"models": [{"name": "m", "pools": pools}]}).models[0]
+    assert model.transfer is not None
+    assert model.transfer.connector == "NixlConnector"
+    assert parse({"models": [{"name": "m"}]}).models[0].transfer is None
+
+
+def test_what_headrace_sets_of_a_transfer_cannot_be_set_twice() -> None:
+    told = problems({"kv_transfer": {"options": {"kv_role": "kv_producer"}}})
+    assert "kv_transfer.options.kv_role cannot be set here" in told
+
+
+def test_a_simulated_replica_has_no_host_memory() -> None:
+    told = problems({"backend": "simulated", "pools": [{"host_cache_gib": 1.0}]})
+    assert "host_cache_gib means something only with backend 'vllm'" in told
+
+
+def test_on_cpu_the_cache_is_host_memory_already() -> None:
+    assert "raise engine.kv_cache_memory_bytes" in problems(
+        {"pools": [{"device": "cpu", "host_cache_gib": 1.0}]}
+    )
+
+
+def autoscaled(**keys: Any) -> dict[str, Any]:
+    return {"autoscale": {"max_replicas": 4, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("pool", "fault"),
+    [
+        ({"replicas": 0}, "replicas is 0; without 'autoscale' it must be at least 1"),
+        (autoscaled(min_replicas=5), "autoscale.min_replicas is 5; it must be at most max_replicas, 4"),
+        ({"replicas": "per_core", **autoscaled()}, "replicas is 'per_core', which follows the machine"),
+        ({"replicas": 9, **autoscaled()}, "must be within min_replicas and max_replicas, 1 to 4"),
+        (
+            autoscaled(schedule=[{"from": "08:00", "until": "18:00", "min_replicas": 9}]),
+            "autoscale.schedule[0].min_replicas is 9; it must be at most max_replicas, 4",
+        ),
+        (
+            autoscaled(schedule=[{"from": "08:00", "until": "08:00", "min_replicas": 2}]),
+            "begins and ends at 08:00, which is no time at all",
+        ),
+        (
+            autoscaled(schedule=[{"from": "8 o'clock", "until": "18:00", "min_replicas": 2}]),
+            'schedule[0].from is "8 o\'clock"; it must be of the form',
+        ),
+        (autoscaled(time_zone="Mars/Base"), "it must be the name of a time zone"),
+        (autoscaled(schedule=[{"form": "08:00"}]), "did you mean 'from'?"),
+    ],
+)
+def test_autoscaling_that_cannot_be_is_rejected(pool: dict[str, Any], fault: str) -> None:
+    assert fault in problems({"pools": [pool]})
+
+
+def test_prefill_and_decode_go_to_zero_together() -> None:
+    pools = [{"role": "prefill", **autoscaled(min_replicas=0)}, {"role": "decode", **autoscaled()}]
+    assert "prefill and decode go to zero together" in problems({"pools": pools})
+
+
+def test_an_external_model_is_not_scaled() -> None:
+    external = {"backend": "external", "urls": ["http://a:1"], "pools": [autoscaled()]}
+    assert "headrace starts no replicas of an external model" in problems(external)
+
+
+def test_an_autoscaled_pool_begins_with_its_minimum_unless_told_otherwise() -> None:
+    for pool, count in (
+        (autoscaled(min_replicas=0), 0),
+        (autoscaled(), 1),
+        ({"replicas": 3, **autoscaled()}, 3),
+    ):
+        config = parse({"models": [{"name": "m", "backend": "simulated", "pools": [pool]}]})
+        assert len(expand(config, 2, 0)) == count
+
+
+def test_times_of_the_day_may_stand_without_quotes() -> None:
+    """YAML reads 18:00 as a number to base 60."""
+    hint = {"from": "08:00", "until": 18 * 60, "min_replicas": 2}
+    pool = parse({"models": [{"name": "m", "pools": [autoscaled(schedule=[hint])]}]}).models[0].pools[0]
+    assert pool.autoscale is not None
+    assert (pool.autoscale.schedule[0].from_, pool.autoscale.schedule[0].until) == ("08:00", "18:00")

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 import pytest
@@ -28,6 +29,7 @@ from headrace.backends.simulated import SimulatedBackend
 from headrace.backends.vllm import VllmBackend
 from headrace.backends.vllm_arguments import EngineSettings
 from headrace.config import SimulatedEngine
+from headrace.errors import SleepFailed
 from headrace_router.types import LoadReport, ReplicaId
 
 TOKEN = "the-fleet's-own"
@@ -45,6 +47,7 @@ class Kind:
     make: Callable[[], AbstractAsyncContextManager[Backend]]
     owns_server: bool = True  # its start begins, and its stop ends, the server
     publishes_load: bool = True  # over ZMQ; otherwise `load()` alone tells
+    can_sleep: bool = False
 
 
 def simulated_backend() -> SimulatedBackend:
@@ -92,7 +95,7 @@ async def vllm() -> AsyncIterator[Backend]:
 
 
 KINDS = [
-    pytest.param(Kind(simulated), id="simulated"),
+    pytest.param(Kind(simulated, can_sleep=True), id="simulated"),
     pytest.param(Kind(external, owns_server=False, publishes_load=False), id="external"),
     pytest.param(Kind(vllm), id="vllm", marks=pytest.mark.vllm),
 ]
@@ -301,6 +304,62 @@ async def test_a_client_that_leaves_frees_its_place(subject: Subject) -> None:
     assert after.waiting == 0
     if subject.kind.publishes_load:
         assert after.generation_tokens_total - before.generation_tokens_total < 1400, "it ran to its end"
+
+
+async def test_who_cannot_sleep_says_so_and_serves_on(subject: Subject) -> None:
+    if subject.kind.can_sleep:
+        return
+    with pytest.raises(SleepFailed):
+        await subject.backend.sleep()
+    await subject.backend.wake()
+    answer = await subject.client.completions.create(model=MODEL, prompt="Still here", max_tokens=1)
+    assert answer.choices[0].finish_reason == "length"
+
+
+async def test_nobody_sleeps_while_requests_run(subject: Subject) -> None:
+    stream = await subject.client.completions.create(
+        model=MODEL, prompt="Wide awake", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+    )
+    chunks = aiter(stream)
+    await anext(chunks)
+    with pytest.raises(SleepFailed):
+        await subject.backend.sleep()
+    rest = [chunk async for chunk in chunks]
+    assert rest[-1].choices[0].finish_reason == "length"
+    await subject.client.models.list()
+
+
+async def test_asleep_it_refuses_and_awake_it_is_the_same_with_an_empty_cache(subject: Subject) -> None:
+    if not subject.kind.can_sleep:
+        return
+    ask: dict[str, Any] = {"model": MODEL, "prompt": [500 + index for index in range(300)], "max_tokens": 8}
+    before = [await subject.client.completions.create(**ask, temperature=0) for _ in range(2)][1]
+    assert before.usage is not None and before.usage.prompt_tokens_details is not None
+    assert before.usage.prompt_tokens_details.cached_tokens
+    await subject.wait_load(lambda report: report.running + report.waiting == 0)
+    for _ in range(2):
+        await subject.backend.sleep()
+        with pytest.raises(openai.InternalServerError) as refused:
+            await subject.client.completions.create(**ask)
+        assert refused.value.status_code == 503
+    await subject.backend.check()
+    for _ in range(2):
+        await subject.backend.wake()
+    after = await subject.client.completions.create(**ask, temperature=0)
+    assert after.choices[0].text == before.choices[0].text
+    assert after.usage is not None
+    assert not after.usage.prompt_tokens_details or not after.usage.prompt_tokens_details.cached_tokens
+
+
+async def test_it_can_be_stopped_asleep(kind: Kind) -> None:
+    if not kind.can_sleep:
+        return
+    async with AsyncExitStack() as stack:
+        subject = await begin(kind, stack)
+        await subject.backend.sleep()
+        await subject.backend.stop(drain_s=PATIENCE_S)
+        with pytest.raises(openai.APIConnectionError):
+            await subject.client.models.list()
 
 
 async def test_stop_drains_then_releases_and_the_next_start_is_another_boot(kind: Kind) -> None:

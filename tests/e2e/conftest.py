@@ -73,8 +73,13 @@ class Served:
 
     def status(self, *options: str) -> dict[str, Any]:
         """What `headrace status --json` says of it."""
+        status: dict[str, Any] = json.loads(self.command("status", "--json", *options))
+        return status
+
+    def command(self, *words: str) -> str:
+        """What a `headrace` command prints of this fleet."""
         done = subprocess.run(
-            [*CLI, "status", "--json", *options],
+            [*CLI, *words],
             env=self._environment,
             capture_output=True,
             text=True,
@@ -82,8 +87,18 @@ class Served:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        status: dict[str, Any] = json.loads(done.stdout)
-        return status
+        return done.stdout
+
+    def beside(self, *words: str) -> subprocess.Popen[str]:
+        """A `headrace` command that runs beside it; its output can be read: stdout and stderr as one."""
+        return subprocess.Popen(
+            [*CLI, *words],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def end(self, signum: int = signal.SIGTERM, *, whole_group: bool = False, timeout_s: float = 60) -> int:
         """Signal it and return its exit code, once every line has been read."""

@@ -57,3 +57,38 @@ async def test_configured_models_are_told_before_and_after_their_replicas() -> N
     board.publish([replica("a")])
     board.publish([])
     assert board.current.models == ("m", "n")
+
+
+async def test_a_model_that_may_come_is_news() -> None:
+    board = MembershipBoard(["m"])
+    board.publish([], ["m"])
+    assert (board.current.version, board.current.coming) == (1, ("m",))
+    board.publish([], ["m"])
+    assert board.current.version == 1
+
+
+async def test_readers_say_by_asking_again_what_they_know() -> None:
+    board = MembershipBoard()
+    first = asyncio.create_task(board.watch(board.current.epoch, 0, 60, "gateway"))
+    await asyncio.sleep(0)
+    board.publish([replica("a")])
+    heard = asyncio.create_task(board.heard(1, 60))
+    await first
+    assert not heard.done(), "it was told, and may not have acted on it"
+    again = asyncio.create_task(board.watch(board.current.epoch, 1, 60, "gateway"))
+    assert await heard
+    again.cancel()
+
+
+async def test_a_reader_that_does_not_come_back_is_waited_for_once() -> None:
+    board = MembershipBoard()
+    await board.watch(board.current.epoch, 0, 0.001, "gateway")
+    board.publish([replica("a")])
+    assert not await board.heard(1, 0.01)
+    assert await board.heard(1, 0.01)
+
+
+async def test_without_readers_everybody_has_heard() -> None:
+    board = MembershipBoard()
+    board.publish([replica("a")])
+    assert await board.heard(1, 60)

@@ -28,8 +28,8 @@ def test_each_replica_gets_a_core_of_its_own() -> None:
     assert [placement.cores for placement in fill(TWO_CORES, [1, 1])] == [(0,), (1,)]
 
 
-def test_a_full_node_says_what_was_asked_and_what_to_lower() -> None:
-    with pytest.raises(StartError, match=r"no free cores for r: it asks for 1, .* 2 in all; lower pools"):
+def test_a_full_node_says_what_it_waits_for() -> None:
+    with pytest.raises(StartError, match=r"waits for 1 free CPU cores on one node: 0 are free .* 2 in all$"):
         fill(TWO_CORES, [1, 1, 1])
 
 

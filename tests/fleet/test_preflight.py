@@ -63,6 +63,7 @@ def test_missing_gpus_and_cores_are_counted() -> None:
     wants_gpus = expand(config(tensor_parallel=4, device="cuda"), 2, 1)
     with pytest.raises(FatalStartError, match="the replicas need 4 GPUs, the cluster has 1"):
         check_devices(wants_gpus, 2, 1)
+    check_devices(wants_gpus, 2, 1, has_gpu_quotas=True)  # they wait instead
     wants_cores = expand(config(replicas=3, device="cpu"), 2, 0)
     with pytest.raises(FatalStartError, match="the replicas need 3 cores, the cluster has 2"):
         check_devices(wants_cores, 2, 0)

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from headrace.fleet.reconcile import (
     STABLE_AFTER_S,
     Action,
+    Forget,
     Kill,
     Observed,
+    Recall,
     Start,
     Stop,
     backoff_s,
@@ -59,6 +61,29 @@ def test_a_start_that_takes_too_long_is_killed_with_the_bound_named() -> None:
 def test_what_is_no_longer_wanted_is_drained_once() -> None:
     assert decide([], [Observed(A, ReplicaState.READY, 0)], 5) == (Stop(A),)
     assert decide([], [Observed(A, ReplicaState.DRAINING, 0)], 5) == ()
+
+
+def test_nothing_is_kept_of_what_has_gone_and_nobody_wants() -> None:
+    assert decide([], [Observed(A, ReplicaState.STOPPED, 0)], 5) == (Forget(A),)
+    assert decide([], [Observed(A, ReplicaState.FAILED, 0)], 5) == (Forget(A),)
+
+
+def test_what_drains_is_recalled_when_it_is_wanted_again_and_else_replaced_once_it_is_gone() -> None:
+    assert decide([A], [Observed(A, ReplicaState.DRAINING, 0, can_be_recalled=True)], 5) == (Recall(A),)
+    assert decide([A], [Observed(A, ReplicaState.DRAINING, 0)], 5) == ()
+    assert decide([A], [Observed(A, ReplicaState.STOPPED, 0)], 5) == (Start(A),)
+
+
+def test_a_replica_that_is_another_than_wanted_is_drained_and_started_anew() -> None:
+    assert decide([A], [Observed(A, ReplicaState.READY, 0, is_other=True)], 5) == (Stop(A),)
+    draining = Observed(A, ReplicaState.DRAINING, 0, is_other=True, can_be_recalled=True)
+    assert decide([A], [draining], 5) == ()
+
+
+def test_a_replica_without_room_waits_as_long_as_it_must() -> None:
+    waiting = Observed(A, ReplicaState.PENDING, 1e5, waits_for_room=True)
+    assert decide([A], [waiting], 1e5 + 0.5) == ()
+    assert decide([A], [waiting], 1e5 + 1000) == (Start(A),)
 
 
 def test_a_long_life_clears_the_record_of_failures() -> None:

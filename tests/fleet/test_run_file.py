@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from headrace.fleet import run_file
+from headrace.fleet.controller_call import NothingRuns, pick
 from headrace.fleet.preflight import holding_cores
 from headrace.fleet.run_file import Run
-from headrace.fleet.status_command import NothingRuns, pick
 
 A = Run(os.getpid(), run_file.began(os.getpid()), "headrace", "http://127.0.0.1:8000", "ray:1", None, 2.0)
 B = replace(A, pid=A.pid + 1, url="http://127.0.0.1:8001", num_cores=0.0)

@@ -53,6 +53,12 @@ def test_simulated_replicas_take_no_cores_and_external_ones_are_not_ours_to_star
     assert {(spec.cpus, spec.device, spec.num_gpus) for spec in specs} == {(0.0, Device.NONE, 0)}
 
 
+def test_a_simulated_replica_on_cuda_takes_as_many_gpus_as_a_real_one() -> None:
+    pool = {"device": "cuda", "tensor_parallel": 2}
+    (spec,) = expand(parse({"models": [{"name": "s", "backend": "simulated", "pools": [pool]}]}), 1, 8)
+    assert (spec.device, spec.num_gpus, spec.cpus) == (Device.CUDA, 2, 0.0)
+
+
 def test_model_names_that_differ_never_share_a_slug() -> None:
     names = ["a-b", "a/b", "a b", "a:b", "a--b"]
     assert len({slug(name) for name in names}) == len(names)

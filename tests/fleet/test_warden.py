@@ -45,6 +45,24 @@ def test_marked_processes_are_found_and_ended_and_others_left_alone(mark: str) -
             process.communicate()
 
 
+def test_a_process_that_renames_itself_is_still_found(mark: str) -> None:
+    """As vLLM's do where setproctitle is installed."""
+    pytest.importorskip("setproctitle")
+    renaming = "import setproctitle; setproctitle.setproctitle('VLLM::EngineCore')\n" + SLEEPER
+    ours = subprocess.Popen(
+        [sys.executable, "-c", renaming],
+        env={**marked_environment(mark), warden.KEEPS_ENVIRONMENT: "1"},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert ours.stdout is not None
+        ours.stdout.readline()
+        assert warden.marked(mark) == [ours.pid]
+    finally:
+        ours.kill()
+        ours.communicate()
+
+
 OWNER = """
 import os, subprocess, sys
 mark, warden = sys.argv[1:]

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ import uvloop
 from uvicorn import Config as UvicornConfig
 from uvicorn import Server as UvicornServer
 
-from headrace.config import Gateway, Limits, Timeouts
+from headrace.config import Gateway, Limits, Tenant, Timeouts
 from headrace.gateway.asgi import RelayApp
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.demand import DemandSink
 from headrace.gateway.server import GatewayServer
-from headrace_router.types import BootId, Endpoints, Membership, Replica, ReplicaId, Role
+from headrace_router.types import BootId, Endpoints, LoadReport, Membership, Replica, ReplicaId, Role
 
 PATH = "/v1/completions"
+NOWHERE = "tcp://127.0.0.1:9"  # where nobody publishes
 
 
 def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Any]:
@@ -49,6 +52,10 @@ class ScriptedReplica:
         self.go_on = asyncio.Event()  # what the script "head_first" waits for before its first event
         self.written = 0
         self.port = 0
+        self.role = Role.UNIFIED
+        self.kv_connector: str | None = None
+        self.boot = "boot"
+        self.reports = False  # whether it is one of those that tell their load; a test tells it then
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -67,10 +74,11 @@ class ScriptedReplica:
     def replica(self) -> Replica:
         return Replica(
             ReplicaId(self.name),
-            BootId("boot"),
+            BootId(self.boot),
             "m",
-            Role.UNIFIED,
-            Endpoints(f"http://127.0.0.1:{self.port}"),
+            self.role,
+            Endpoints(f"http://127.0.0.1:{self.port}", load=NOWHERE if self.reports else None),
+            kv_connector=self.kv_connector,
         )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,18 +111,24 @@ class ScriptedReplica:
     ) -> bool:
         """Answer one request; False to close the connection."""
         script = request.get("script", {}).get(self.name) or request.get("script", {}).get("all", "answer")
-        if script == "reset":
+        if script == "reset" or (script == "reset_once" and len(self.requests) == 1):
             writer.transport.abort()
             return False
-        if script == "hang":
+        if script == "hang" or (script == "hang_once" and len(self.requests) == 1):
             await reader.read(1)  # nothing more comes; this ends when the gateway leaves
             self.aborted.set()
             return False
         if script.startswith("status"):
             self._answer(writer, int(script.removeprefix("status")), b'{"error":{"message":"scripted"}}')
             return True
+        if script in ("reset_once", "hang_once"):
+            script = "answer"
         if script == "no_route":
             self._answer(writer, 404, b'{"detail":"Not Found"}')
+            return True
+        if script == "answer" and (request.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            held = {"do_remote_prefill": True, "remote_request_id": self.name}
+            self._answer(writer, 200, json.dumps({"kv_transfer_params": held}).encode())
             return True
         if script == "answer" and not request.get("stream"):
             self._answer(writer, 200, json.dumps({"by": self.name, "usage": {"prompt_tokens": 5}}).encode())
@@ -179,8 +193,11 @@ class FixedSource:
         self._membership = Membership(1, tuple(replicas))
         self._changed = asyncio.Event()
 
-    def change(self, replicas: list[Replica], models: tuple[str, ...] = ()) -> None:
-        self._membership = Membership(self._membership.version + 1, tuple(replicas), models=models)
+    def change(
+        self, replicas: list[Replica], models: tuple[str, ...] = (), coming: tuple[str, ...] = ()
+    ) -> None:
+        version = self._membership.version + 1
+        self._membership = Membership(version, tuple(replicas), models=models, coming=coming)
         self._changed.set()
 
     async def watch(self, known: Membership | None) -> Membership:
@@ -229,6 +246,25 @@ class Front:
         self.replicas = replicas
         self.source = source
         self.server: GatewayServer | None = None
+        self._reports = 0
+
+    def tell(self, name: str, *, backlog: int = 0, running: int = 0, kv_use: float = 0.0) -> None:
+        """A load report of the replica `name`, as its feed would bring it."""
+        self._reports += 1
+        load = self.context.router.loads.get(name)
+        if load is not None:
+            replica = load.replica
+            report = LoadReport(replica.id, replica.boot_id, self._reports, running, 0, kv_use, backlog)
+            self.context.report(report, monotonic())
+
+    def saturate(self, *names: str) -> None:
+        for name in names:
+            self.tell(name, backlog=10**7, running=1)
+
+    async def until_held(self, count: int) -> None:
+        """Wait until so many requests wait in the gateway."""
+        while self.context.admission.num_waiting != count:
+            await asyncio.sleep(0)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port, limit=2**26)
@@ -254,6 +290,7 @@ class Front:
         self.context.check_integrity()
         assert self.context.router.loads.open_bookings == 0
         assert self.context.metrics.in_flight == 0
+        assert self.context.admission.lines == {}
 
 
 def request_bytes(body: Any, path: str = PATH, headers: str = "connection: close\r\n") -> bytes:
@@ -274,10 +311,22 @@ FAST = Timeouts(
 
 @asynccontextmanager
 async def open_front(
-    face: str = "protocol", num_replicas: int = 2, timeouts: Timeouts = FAST, **settings: Any
+    face: str = "protocol",
+    num_replicas: int = 2,
+    timeouts: Timeouts = FAST,
+    roles: tuple[Role, ...] = (),
+    reports: bool = False,
+    tenants: tuple[Tenant, ...] = (),
+    demand: DemandSink | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Front]:
-    """A gateway in front of scripted replicas named a, b, c, ..."""
+    """A gateway in front of scripted replicas named a, b, c, ...; with `roles` they hand prompts over, with `reports`
+    they count as replicas that tell their load (`Front.tell`)."""
     replicas = [ScriptedReplica(chr(ord("a") + index)) for index in range(num_replicas)]
+    for replica, role in zip(replicas, roles, strict=False):
+        replica.role, replica.kv_connector = role, "NixlConnector"
+    for replica in replicas:
+        replica.reports = reports
     for replica in replicas:
         await replica.open()
     source = FixedSource([replica.replica for replica in replicas])
@@ -288,7 +337,9 @@ async def open_front(
         limits=Limits(head_bytes=8192, body_bytes=settings.pop("body_bytes", 1024 * 1024)),
         **{"policy": "round_robin", **settings},
     )
-    server = GatewayServer(config, source, internal_token="secret")
+    server = GatewayServer(
+        config, source, internal_token="secret", dead_after_s=1e6, tenants=tenants, demand=demand
+    )
     _, port = server.bind()
     await server.start()
     assert server.context is not None

@@ -17,7 +17,7 @@ import urllib.request
 from typing import Any
 
 from headrace.backends.base import Progress, Started
-from headrace.errors import ReplicaUnhealthy, StartError
+from headrace.errors import ReplicaUnhealthy, SleepFailed, StartError
 from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
 
 PROBE_TIMEOUT_S = 5.0
@@ -105,6 +105,17 @@ class ExternalBackend:
     def load(self) -> LoadReport | None:
         """The newest reading of vLLM's /metrics, None where the server is not vLLM."""
         return self._load
+
+    def unfinished(self) -> int:
+        """As last read; 0 where the server is not vLLM."""
+        return 0 if self._load is None else self._load.running + self._load.waiting
+
+    async def sleep(self) -> None:
+        """The server is not ours. Raises SleepFailed."""
+        raise SleepFailed(f"{self._url} is somebody else's server; it cannot be put to sleep from here")
+
+    async def wake(self) -> None:
+        """It never sleeps."""
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Stop watching. The server and its requests go on: they are not ours."""

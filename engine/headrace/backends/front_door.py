@@ -15,6 +15,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+RELEASE_PATH = "/headrace/release_kv"
+
 _UNAUTHORIZED = {
     "message": "this replica answers its fleet's gateway only; send the request to the gateway",
     "type": "invalid_request_error",
@@ -22,7 +24,7 @@ _UNAUTHORIZED = {
     "code": "invalid_api_key",
 }
 _CLOSED = {
-    "message": "this replica is draining",
+    "message": "this replica takes no requests now",
     "type": "service_unavailable",
     "param": None,
     "code": "shutting_down",
@@ -40,32 +42,53 @@ _BROKEN = {
 class FrontDoor:
     """Lets in requests that carry `authorization: Bearer <token>`; everything when `token` is None.
 
-    After `close()` every new request gets 503 while those inside finish. While `is_broken()` an answer that would
-    begin with 500 becomes 503: it is the engine's death that speaks, not the request's fault, and whoever asked
-    may ask another replica.
+    After `close()`, until `open()`, every new request gets 503 while those inside finish. While `is_broken()` an
+    answer that would begin with 500 becomes 503: it is the engine's death that speaks, not the request's fault, and
+    whoever asked may ask another replica.
     """
 
-    def __init__(self, app: App, token: str | None, is_broken: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        app: App,
+        token: str | None,
+        is_broken: Callable[[], bool] = lambda: False,
+        release_kv: Callable[[list[str]], Awaitable[None]] | None = None,
+    ) -> None:
+        """`release_kv` frees the blocks held for hand-overs that will not happen: POST /headrace/release_kv with
+        {"request_ids": [...]}, also after `close`."""
         self._app = app
+        self._release_kv = release_kv
         self._is_broken = is_broken
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._is_open = True
+        self.inside = 0  # requests let in and not yet answered to their end
 
     def close(self) -> None:
         """Refuse what comes from now on."""
         self._is_open = False
+
+    def open(self) -> None:
+        """Let in again what comes from now on."""
+        self._is_open = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
         elif not self._admits(scope):
             await _refuse(scope, receive, send, 401, _UNAUTHORIZED)
+        elif self._release_kv is not None and scope["path"] == RELEASE_PATH:
+            await _release(self._release_kv, receive, send)
         elif not self._is_open:
             await _refuse(scope, receive, send, 503, _CLOSED)
-        elif scope["type"] == "http":
-            await self._app(scope, receive, self._unless_broken(scope, receive, send))
         else:
-            await self._app(scope, receive, send)
+            is_http = scope["type"] == "http"
+            self.inside += 1
+            try:
+                await self._app(
+                    scope, receive, self._unless_broken(scope, receive, send) if is_http else send
+                )
+            finally:
+                self.inside -= 1
 
     def _unless_broken(self, scope: Scope, receive: Receive, send: Send) -> Send:
         is_replaced = False
@@ -98,3 +121,23 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, error
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _release(release_kv: Callable[[list[str]], Awaitable[None]], receive: Receive, send: Send) -> None:
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    try:
+        request_ids = [str(name) for name in json.loads(body)["request_ids"]]
+    except (ValueError, KeyError, TypeError):
+        status = 400
+    else:
+        status = 200
+        await release_kv(request_ids)
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})

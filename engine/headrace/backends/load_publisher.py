@@ -1,6 +1,6 @@
 """Load reports on the wire: a ZMQ PUB socket, one msgpack map per message, one frame.
 
-    publish(report) ──> newest report + iterations since the last send ──> PUB
+    publish(report) ──> newest report + iterations and transfers since the last send ──> PUB
 
 at most every 5 ms, and a heartbeat with the same gauges after `interval_s` of silence.
 
@@ -16,13 +16,13 @@ from dataclasses import replace
 import msgspec
 import zmq
 
-from headrace_router.types import Iteration, LoadReport
+from headrace_router.types import Iteration, LoadReport, Transfer
 
 MIN_GAP_S = 0.005
 """Shortest time between two sends. An engine step takes longer, so a burst costs readers one message."""
 
 MAX_ITERATIONS = 64
-"""Most iterations that one report carries; the oldest fall out first."""
+"""Most iterations, and most transfers, that one report carries; the oldest fall out first."""
 
 LINGER_MS = 50
 """How long closing may wait for the last message to leave; a reader that has gone must not hold up a stop."""
@@ -51,6 +51,7 @@ class LoadPublisher:
         self._endpoint = ""
         self._newest: LoadReport | None = None
         self._iterations: deque[Iteration] = deque(maxlen=MAX_ITERATIONS)
+        self._transfers: deque[Transfer] = deque(maxlen=MAX_ITERATIONS)
         self._sequence = 0
         self._last_send_s = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
@@ -83,13 +84,14 @@ class LoadPublisher:
         return self._endpoint
 
     def publish(self, report: LoadReport) -> None:
-        """Send `report` soon; of several within 5 ms the newest wins and their iterations are joined.
+        """Send `report` soon; of several within 5 ms the newest wins and their iterations and transfers are joined.
 
         Its `sequence` is replaced by the publisher's own. Call from the event loop; never blocks. Before
         `start` and after `stop` it only remembers the report.
         """
         self._newest = report
         self._iterations.extend(report.iterations)
+        self._transfers.extend(report.transfers)
         if self._socket is None or self._changed:
             return
         self._changed = True
@@ -119,13 +121,19 @@ class LoadPublisher:
         if self._socket is None or self._newest is None:
             return
         self._sequence += 1
-        self._newest = replace(self._newest, sequence=self._sequence, iterations=tuple(self._iterations))
+        self._newest = replace(
+            self._newest,
+            sequence=self._sequence,
+            iterations=tuple(self._iterations),
+            transfers=tuple(self._transfers),
+        )
         self._iterations.clear()
+        self._transfers.clear()
         self._changed = False
         self._last_send_s = asyncio.get_running_loop().time()
         # PUB never blocks: past a slow reader's high-water mark it drops, and the next heartbeat catches up.
         self._socket.send(_encoder.encode(self._newest), zmq.NOBLOCK)
-        self._newest = replace(self._newest, iterations=())
+        self._newest = replace(self._newest, iterations=(), transfers=())
 
     def _close(self) -> None:
         if self._socket is not None:

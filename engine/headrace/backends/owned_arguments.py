@@ -11,7 +11,10 @@ EMBEDDED = "embedded"
 OWNED = {
     "api_key": "nothing: replicas take the fleet's internal token only",
     "distributed_executor_backend": "nothing: it follows from the devices",
+    "enable_sleep_mode": "pools[].autoscale.warm",
     "host": "gateway.host",
+    "kv_offloading_size": "pools[].host_cache_gib",
+    "kv_transfer_config": "models[].kv_transfer",
     "kv_events_config": "nothing: the router needs the events as they are",
     "model": "models[].source",
     "pipeline_parallel_size": "pools[].pipeline_parallel",

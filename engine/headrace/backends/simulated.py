@@ -23,9 +23,10 @@ from headrace.backends.simulated_api import SimulatedApi
 from headrace.backends.simulated_loop import SimulatedLoop
 from headrace.backends.simulated_report import engine_report
 from headrace.backends.simulated_sequence import Step
+from headrace.backends.simulated_tokens import encode, write_answer
 from headrace.config import SimulatedEngine as Settings
-from headrace.errors import ReplicaUnhealthy, StartError
-from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
+from headrace.errors import FatalStartError, ReplicaUnhealthy, SleepFailed, StartError
+from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId, Transfer
 
 
 class SimulatedBackend:
@@ -40,17 +41,30 @@ class SimulatedBackend:
         host: str = "127.0.0.1",
         internal_token: str | None = None,
         report_interval_s: float = 0.1,
+        kv_connector: str | None = None,
     ) -> None:
-        """`host` is an address of this node that gateways reach; without a token everybody is answered."""
+        """`host` is an address of this node that gateways reach; without a token everybody is answered. With a
+        `kv_connector`, whichever, prompts are handed over as vLLM's NixlConnector does."""
+        self._kv_connector = kv_connector
+        self._transfers: list[Transfer] = []
         self._replica_id = replica_id
         self._boot_id = BootId("")
         self._config = config
         self._load = LoadPublisher(host, report_interval_s)
         self._kv_events = KvEventPublisher(host)
-        self._loop = SimulatedLoop(config, self._report, self._kv_events.publish)
+        self._loop = SimulatedLoop(
+            config,
+            self._report,
+            self._kv_events.publish,
+            self._transfers.append,
+            host="" if kv_connector is None else host,
+        )
         self._api = SimulatedApi(self._loop, model)
-        self._door = FrontDoor(self._api, internal_token)
+        self._door = FrontDoor(
+            self._api, internal_token, release_kv=None if kv_connector is None else self._loop.release
+        )
         self._server = AsgiServer(self._door, host)
+        self._remembered: list[int] | None = None  # the probe's answer before it fell asleep; None: awake
         self._drained = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
 
@@ -59,10 +73,15 @@ class SimulatedBackend:
         began_s = time.monotonic()
         self._boot_id = BootId(secrets.token_hex(8))
         progress("engine")
+        await asyncio.sleep(self._config.start_s)
+        if self._config.start_error:
+            await self.stop()
+            raise FatalStartError(self._config.start_error)
         try:
             load = self._load.start()
             kv_events, kv_replay = self._kv_events.start()
-        except zmq.ZMQError as e:
+            await self._loop.open_channel()
+        except (zmq.ZMQError, OSError) as e:
             await self.stop()
             raise StartError(f"cannot publish: {e}; use an address of this node as host") from e
         self._loop.start()
@@ -80,6 +99,7 @@ class SimulatedBackend:
             block_size=self._config.block_size,
             num_blocks=self._config.num_blocks,
             max_model_len=self._loop.engine.max_context,
+            kv_connector=self._kv_connector,
             phases_s=(("engine", engine_s), ("http", time.monotonic() - began_s - engine_s)),
         )
 
@@ -92,6 +112,46 @@ class SimulatedBackend:
     def load(self) -> LoadReport | None:
         """The newest report."""
         return self._load.newest
+
+    def resident_hashes(self) -> list[int]:
+        """Of every block in its cache, as the engine knows them."""
+        return self._loop.engine.cache.resident_hashes()
+
+    def unfinished(self) -> int:
+        """See `Backend.unfinished`."""
+        return self._door.inside
+
+    async def sleep(self) -> None:
+        """See `Backend.sleep`. The cache is forgotten; there is no other memory to give back."""
+        if self._remembered is not None:
+            return
+        if self.unfinished():
+            raise SleepFailed(f"requests run on {self._replica_id}; drain it first")
+        self._door.close()
+        self._remembered = await self._probe(is_wrong=False)
+        self._loop.clear_cache()
+
+    async def wake(self) -> None:
+        """See `Backend.wake`."""
+        if self._remembered is None:
+            return
+        await asyncio.sleep(self._config.wake_s)
+        found, expected = await self._probe(is_wrong=self._config.wakes_wrong), self._remembered
+        if found != expected:
+            raise SleepFailed(
+                f"awake again, it continues a probe with token {found}, not with {expected} as before"
+            )
+        self._remembered = None
+        self._door.open()
+
+    async def _probe(self, *, is_wrong: bool) -> list[int]:
+        """What it answers to a short prompt."""
+        prompt = encode("probe")
+        answer, _ = write_answer(prompt, 1, ignore_eos=True)
+        probe = self._loop.submit(
+            f"probe-{secrets.token_hex(4)}", prompt, [token + is_wrong for token in answer]
+        )
+        return await probe.next_tokens()
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """See `Backend.stop`. A second call joins the first; without `drain_s` it ends the first one's drain."""
@@ -115,6 +175,8 @@ class SimulatedBackend:
 
     def _report(self, step: Step | None) -> None:
         iterations = (step.iteration,) if step else ()
+        transfers = tuple(self._transfers)
+        self._transfers.clear()
         self._load.publish(
             engine_report(
                 self._loop.engine,
@@ -122,5 +184,6 @@ class SimulatedBackend:
                 self._replica_id,
                 self._boot_id,
                 iterations=iterations,
+                transfers=transfers,
             )
         )

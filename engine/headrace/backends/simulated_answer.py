@@ -52,7 +52,11 @@ class Answer:
             )
             self._ends.append("stop" if stopped else "length")
             name = f"{self._id}-{index}"
-            self._generations.append(self._loop.submit(name, prompt, tokens, self._body.cache_salt or ""))
+            self._generations.append(
+                self._loop.submit(
+                    name, prompt, tokens, self._body.cache_salt or "", transfer=self._body.kv_transfer_params
+                )
+            )
 
     async def send(self, receive: Receive, send: Send) -> None:
         """Answer; abort in the engine whatever is unfinished when the client leaves or the server stops."""
@@ -92,6 +96,7 @@ class Answer:
                     choice |= {"prompt_token_ids": list(generation.prompt)}
             choices.append(choice)
         whole = self._head | {"choices": choices, "usage": self._usage()}
+        whole |= {"kv_transfer_params": self._loop.held_params(self._generations[0])}
         if self._is_chat and self._body.return_token_ids:
             whole |= {"prompt_token_ids": list(self._generations[0].prompt)}
         await send_json(send, 200, whole)

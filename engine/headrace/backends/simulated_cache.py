@@ -60,6 +60,10 @@ class SimulatedCache:
         """Blocks that can be hit, held or free."""
         return len(self._resident)
 
+    def resident_hashes(self) -> list[int]:
+        """Of every block that can be found, in no order."""
+        return list(self._resident)
+
     def count_hits(self, hashes: Sequence[int], most: int) -> int:
         """Leading hashes that are resident, at most `most`. Does not mutate."""
         resident = self._resident

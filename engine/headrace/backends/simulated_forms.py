@@ -53,6 +53,7 @@ class Body(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = False
+    kv_transfer_params: dict[str, Any] | None = None
 
     @property
     def wants_usage(self) -> bool:

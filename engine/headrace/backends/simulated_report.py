@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.backends.simulated_engine import SimulatedEngine
 from headrace.backends.simulated_sequence import Step
-from headrace_router.types import BootId, Iteration, LoadReport, ReplicaId
+from headrace_router.types import BootId, Iteration, LoadReport, ReplicaId, Transfer
 
 
 def engine_report(
@@ -15,6 +15,7 @@ def engine_report(
     *,
     sequence: int = 0,
     iterations: tuple[Iteration, ...] = (),
+    transfers: tuple[Transfer, ...] = (),
 ) -> LoadReport:
     """The engine's load while the step `in_flight` takes its time (None between steps).
 
@@ -34,4 +35,5 @@ def engine_report(
         generation_tokens_total=engine.generation_tokens_total,
         preemptions_total=engine.preemptions_total,
         iterations=iterations,
+        transfers=transfers,
     )

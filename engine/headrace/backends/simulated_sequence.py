@@ -21,6 +21,7 @@ class Step(NamedTuple):
     admitted: dict[str, int]  # requests that left the queue, with the prompt tokens found cached at first
     preempted: list[str]
     events: list[CacheEvent]
+    receiving: Items[str] = ()  # requests that took room for a prompt computed elsewhere: its transfer begins
     rounds: int = 1  # iterations that this step stands for; more than 1 only after a leap
 
     @property
@@ -39,7 +40,7 @@ class Sequence:
 
     __slots__ = (
         "backlog", "block_hashes", "blocks", "cached_tokens", "computed", "end_tokens", "full_blocks",
-        "known_tokens", "prompt_tokens", "request_id",
+        "holds", "is_external", "known_tokens", "prompt_tokens", "request_id",
     )  # fmt: skip
 
     def __init__(self, request_id: str, prompt_tokens: int, answer_tokens: int, hashes: Items[int]) -> None:
@@ -52,4 +53,6 @@ class Sequence:
         self.blocks: list[int] = []
         self.full_blocks = 0  # leading blocks already offered to the prefix cache
         self.cached_tokens = -1  # prefix hit at the first admission, -1 before it
+        self.is_external = False  # its prompt was computed elsewhere and is yet to be transferred
+        self.holds = False  # its blocks stay held when it has finished, to be transferred
         self.backlog = 0  # tokens still to prefill, less the expected prefix hit while waiting

@@ -17,21 +17,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headrace.backends import embedded_model, vllm_arguments
+from headrace.backends import device_memory, embedded_model, vllm_arguments, vllm_sleep, vllm_start_phases
 from headrace.backends.base import Progress, Started
 from headrace.backends.front_door import FrontDoor
+from headrace.backends.kv_connectors import handing_over
 from headrace.backends.load_meter import LoadMeter
 from headrace.backends.load_publisher import LoadPublisher
 from headrace.backends.vllm_arguments import EngineSettings
+from headrace.backends.vllm_sleep import EngineSleep
+from headrace.backends.vllm_start_phases import StartLog
 from headrace.backends.vllm_start_reasons import start_reasons
-from headrace.errors import ReplicaUnhealthy, StartError
+from headrace.errors import ReplicaUnhealthy, SleepFailed, StartError
 from headrace_router.types import BootId, Endpoints, LoadReport, ReplicaId
 
 _KEEP_ALIVE_S = 300
 """Longer than any gateway keeps an idle connection, so that it is never the replica that closes first."""
+
+_RELEASE_TRIES, _RELEASE_PAUSE_S = 10, 0.1
 
 _WATCH_INTERVAL_S = 0.02
 """How often arrivals and aborts, which vLLM announces to nobody, are looked for. A look costs about 2 µs."""
@@ -56,7 +62,8 @@ class VllmBackend:
         self._host = host
         self._token = internal_token
         self._cores = cores
-        self._meter = LoadMeter(replica_id, self.boot_id)
+        self._meter = LoadMeter(replica_id, self.boot_id, holds_blocks=settings.kv_connector is not None)
+        self._side_channel: socket.socket | None = None
         self._publisher = LoadPublisher(host, report_interval_s)
         self._engine: Any = None
         self._door: FrontDoor | None = None
@@ -64,6 +71,8 @@ class VllmBackend:
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._seen = (0, 0)
+        self._sleep: EngineSleep | None = None
+        self._is_asleep = False
 
     async def start(self, progress: Progress) -> Started:
         """Bring the engine up; about 35 s on two CPU cores. Raises StartError, FatalStartError."""
@@ -74,15 +83,32 @@ class VllmBackend:
             self._set_environment(settings)
             args = await asyncio.to_thread(vllm_arguments.parse, settings)
             phases.enter("engine")
-            with start_reasons(settings):
-                # In a thread: it blocks for as long as the engine loads, and the host wants to see progress.
-                self._engine = await asyncio.to_thread(_make_engine, args, self._logger_factory())
+            following = asyncio.create_task(vllm_start_phases.follow(StartLog(), phases.enter))
+            try:
+                with start_reasons(settings):
+                    # In a thread: it blocks for as long as the engine loads, and the host wants to see progress.
+                    self._engine = await asyncio.to_thread(_make_engine, args, self._logger_factory())
+            finally:
+                following.cancel()
             phases.enter("server")
             url = await self._serve(args)
         except BaseException:
             await self.stop()
             raise
+        finally:
+            if self._side_channel is not None:
+                self._side_channel.close()
+        if settings.sleep_level is not None:
+            self._sleep = EngineSleep(
+                self._engine,
+                settings.sleep_level,
+                device_memory.of_own_gpus,
+                partial(vllm_sleep.greedy_token, self._engine),
+            )
         config = self._engine.vllm_config
+        self._meter.capacity_tokens = config.cache_config.block_size * (
+            config.cache_config.num_gpu_blocks or 0
+        )
         events = self._engine.get_kv_event_sources().get(0) if settings.has_kv_events else None
         endpoints = Endpoints(
             url=url,
@@ -98,6 +124,7 @@ class VllmBackend:
             block_size=config.cache_config.block_size,
             num_blocks=config.cache_config.num_gpu_blocks,
             max_model_len=config.model_config.max_model_len,
+            kv_connector=handing_over(settings.kv_connector, settings.kv_options),
             phases_s=phases.finished(),
         )
 
@@ -114,12 +141,35 @@ class VllmBackend:
         """The newest report."""
         return self._publisher.newest
 
+    def unfinished(self) -> int:
+        """Those inside the door, or those of the engine: an answer in the background has no connection."""
+        return max(self._door.inside if self._door is not None else 0, self._unfinished())
+
+    async def sleep(self) -> None:
+        """See `Backend.sleep`."""
+        if self._is_asleep:
+            return
+        if self._sleep is None or self._door is None:
+            raise SleepFailed("this engine was started without sleep mode; set pools[].autoscale.warm")
+        if self.unfinished():
+            raise SleepFailed("requests run; drain it first")
+        self._door.close()
+        await self._sleep.sleep()
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        """See `Backend.wake`."""
+        if self._is_asleep and self._sleep is not None and self._door is not None:
+            await self._sleep.wake()
+            self._is_asleep = False
+            self._door.open()
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Safe at any time and twice."""
         if self._door is not None:
             self._door.close()
             deadline = time.monotonic() + drain_s
-            while self._unfinished() and time.monotonic() < deadline:  # noqa: ASYNC110 vLLM offers no event
+            while self.unfinished() and time.monotonic() < deadline:  # noqa: ASYNC110 vLLM offers no event
                 await asyncio.sleep(_WATCH_INTERVAL_S)
         watching, self._watching = self._watching, None
         if watching is not None:
@@ -141,6 +191,12 @@ class VllmBackend:
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ["VLLM_SERVER_DEV_MODE"] = "0"  # keeps sleep, collective_rpc and the like unregistered
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would take this process's sockets along
+        if settings.kv_connector is not None:
+            # vLLM binds it in a child process, minutes from now. A socket that is bound and does not listen keeps the
+            # port ours till then; ZMQ may bind beside it, since both set SO_REUSEADDR.
+            self._side_channel = _bind(self._host, shares=True)
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = self._host
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(self._side_channel.getsockname()[1])
         if self._cores:
             ranks = "|".join(",".join(map(str, cores)) for cores in self._cores)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ranks
@@ -173,7 +229,12 @@ class VllmBackend:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, args, tasks)
-        self._door = FrontDoor(app, self._token, lambda: self._engine is None or self._engine.errored)
+        self._door = FrontDoor(
+            app,
+            self._token,
+            lambda: self._engine is None or self._engine.errored,
+            release_kv=self._release_kv if self._settings.kv_connector is not None else None,
+        )
         listening = _bind(self._host)
         port = listening.getsockname()[1]
         config = uvicorn.Config(
@@ -192,6 +253,18 @@ class VllmBackend:
             await asyncio.sleep(0.01)
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{port}"
+
+    async def _release_kv(self, request_ids: list[str]) -> None:
+        """Free what is held for these requests. Tried for a moment: the worker hears of a lease one step after the
+        answer that named it has left, and a request whose blocks were fetched has none."""
+        for _ in range(_RELEASE_TRIES):
+            engine = self._engine
+            if engine is None or engine.errored:
+                return
+            ended = await engine.collective_rpc("headrace_release_kv", args=(request_ids,))
+            if any(ended):
+                return
+            await asyncio.sleep(_RELEASE_PAUSE_S)
 
     def _unfinished(self) -> int:
         return 0 if self._engine is None else self._engine.output_processor.get_num_unfinished_requests()
@@ -248,10 +321,12 @@ def _make_engine(args: Any, logger_factory: Callable[[Any, int], Any]) -> Any:
     )
 
 
-def _bind(host: str) -> socket.socket:
+def _bind(host: str, *, shares: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
+        if shares:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, 0))
     except OSError as error:
         listening.close()

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from headrace.backends import kv_release
+from headrace.backends.kv_connectors import transfer_config
 from headrace.backends.owned_arguments import OWNED
 from headrace.errors import FatalStartError
 
@@ -31,6 +33,10 @@ class EngineSettings:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     executor: str | None = None  # "mp", "ray", None: vLLM's choice
+    kv_connector: str | None = None  # vLLM's name of it
+    kv_options: Mapping[str, Any] = field(default_factory=dict)  # the rest of vLLM's kv_transfer_config
+    host_cache_gib: float | None = None  # host memory for evicted KV blocks
+    sleep_level: int | None = None  # of vLLM's sleep mode, 1 or 2; None: it never sleeps
 
     @property
     def has_kv_events(self) -> bool:
@@ -50,8 +56,21 @@ def command_line(settings: EngineSettings) -> list[str]:
     if settings.has_kv_events:
         events = {"enable_kv_cache_events": True, "endpoint": ANY_PORT, "replay_endpoint": ANY_PORT}
         words += ["--kv-events-config", json.dumps(events)]
+    words += _transfer(settings)
+    if settings.sleep_level is not None:
+        words += ["--enable-sleep-mode"]
     for name, value in settings.arguments.items():
         words += _option(name.replace("-", "_"), value)
+    return words
+
+
+def _transfer(settings: EngineSettings) -> list[str]:
+    config = transfer_config(settings.kv_connector, settings.kv_options, settings.host_cache_gib)
+    if config is None:
+        return []
+    words = ["--kv-transfer-config", json.dumps(config)]
+    if settings.kv_connector is not None and "worker_extension_cls" not in settings.arguments:
+        words += ["--worker-extension-cls", kv_release.QUALIFIED_NAME]
     return words
 
 

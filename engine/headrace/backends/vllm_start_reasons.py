@@ -6,21 +6,21 @@ above"), but their stderr is ours, and under Ray that is a file.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headrace.backends import cache_size
+from headrace.backends import cache_size, vllm_start_phases
 from headrace.backends.vllm_arguments import EngineSettings
+from headrace.backends.vllm_start_phases import STDERR
 from headrace.errors import FatalStartError, StartError
 
 
 @contextmanager
 def start_reasons(settings: EngineSettings) -> Iterator[None]:
     """Turn what vLLM raises while the engine starts into one line."""
-    log_start = _log_size()
+    log_start = vllm_start_phases.size(STDERR)
     try:
         yield
     except (ValueError, OSError, NotImplementedError) as error:  # pydantic's ValidationError is a ValueError
@@ -66,20 +66,13 @@ def _one_line(text: str) -> str:
     return re.sub(r" \[type=.*", "", told.removeprefix("Value error, "))[:300]
 
 
-def _log_size() -> int:
-    """Bytes so far in the file behind stderr, -1 where that is no file. Engine processes write there too."""
-    try:
-        return os.fstat(2).st_size if Path(os.readlink("/proc/self/fd/2")).is_file() else -1
-    except OSError:
-        return -1
-
-
 def _last_error_in_log(start: int) -> str | None:
     """The engine processes' own complaint: vLLM only says "see root cause above", which is in the log."""
-    if start < 0:
+    path = vllm_start_phases.path(STDERR)
+    if path is None:
         return None
     try:
-        with open(os.readlink("/proc/self/fd/2"), "rb") as log:
+        with open(path, "rb") as log:
             log.seek(start)
             text = log.read().decode(errors="replace")
     except OSError:

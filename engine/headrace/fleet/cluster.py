@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,35 +37,65 @@ class Connection:
     mark: str = ""
     auth_token: str | None = None
     session: Path | None = None  # Ray's folder of logs and sockets, of a cluster of our own
+    warden: subprocess.Popen[bytes] | None = None  # over a cluster of our own
+    is_adopted: bool = False  # somebody else in this process has connected it, and will disconnect it
 
 
-def start_local() -> Connection:
+def connected() -> Connection | None:
+    """The cluster that somebody else in this process has connected to (a notebook's `ray.init()`), None without."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return Connection(ray.get_runtime_context().gcs_address, is_local=False, is_adopted=True)
+
+
+def start_local(*, takes_stdout: bool = True) -> Connection:
     """Start Ray on this machine, for this process alone. Blocks about 3 s. Raises StartError.
 
     Everybody who reaches Ray's ports could run code here, so a random token is asked for unless the user has
     settled Ray's authentication by the environment, or Ray has been imported already: it reads its mode then, and a
     cluster that asks for a token would refuse this very process.
+
+    `takes_stdout`: see `join`.
     """
-    mark = os.environ[RUN_MARK] = secrets.token_hex(16)
-    token = None
-    if "ray" not in sys.modules:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    context = _init(
-        address="local",
-        num_cpus=len(os.sched_getaffinity(0)),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-    )
+    mark = secrets.token_hex(16)
+    if "ray" not in sys.modules and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Later the mode may be Ray's own choice, which it writes into the environment, with a token of its file.
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    # Ray ends most of its processes when this one is killed, but not its dashboard's agents.
+    watching = warden.post(f"{RUN_MARK}={mark}")
+    os.environ[RUN_MARK] = mark
+    os.environ[warden.KEEPS_ENVIRONMENT] = "1"
+    try:
+        context = _init(
+            takes_stdout,
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+        )
+    except StartError:
+        warden.end_all(f"{RUN_MARK}={mark}", 0.0)
+        watching.kill()
+        watching.wait()
+        raise
+    finally:
+        # Ray's own processes pass it on. What this process starts later (a notebook's commands) is not the fleet's.
+        del os.environ[RUN_MARK]
     info = context.address_info
-    return Connection(info["address"], True, f"{RUN_MARK}={mark}", token, Path(info["session_dir"]))
+    session = Path(info["session_dir"])
+    return Connection(info["address"], True, f"{RUN_MARK}={mark}", token, session, warden=watching)
 
 
-def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -> Connection:
+def join(
+    address: str, auth_token: str | None = None, timeout_s: float = 30.0, *, takes_stdout: bool = True
+) -> Connection:
     """Connect to a running cluster. Raises StartError when it does not answer within `timeout_s`.
 
-    `auth_token` counts only where this process has not imported Ray yet.
+    `auth_token` counts only where this process has not imported Ray yet. `takes_stdout`: Ray's driver prints each
+    worker's death, in a long paragraph, to whatever `sys.stdout` is at that moment. A command keeps the real one for
+    itself (`Screen` does) and lets go of the name; in a program that others write it stays theirs.
     """
     if auth_token is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -72,7 +104,7 @@ def join(address: str, auth_token: str | None = None, timeout_s: float = 30.0) -
 
     def connect() -> None:
         try:
-            outcome.set_result(_init(address=address))
+            outcome.set_result(_init(takes_stdout, address=address))
         except StartError as error:
             outcome.set_exception(error)
 
@@ -96,10 +128,15 @@ def leave(connection: Connection | None, *, shared: Collection[int] = (), keep_l
     """
     import ray
 
+    if connection is not None and connection.is_adopted:
+        return
     ray.shutdown()
     if connection is None or not connection.mark:
         return
     warden.end_all(connection.mark, _MARK_GRACE_S, shared)
+    if connection.warden is not None:
+        connection.warden.kill()
+        connection.warden.wait()
     session = connection.session
     if session is not None and not keep_logs:
         shutil.rmtree(session, ignore_errors=True)
@@ -108,36 +145,52 @@ def leave(connection: Connection | None, *, shared: Collection[int] = (), keep_l
             latest.unlink(missing_ok=True)
 
 
-def _init(**arguments: Any) -> Any:
+def _init(takes_stdout: bool, **arguments: Any) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
         raise FatalStartError("Ray is not installed; `pip install headrace[ray]`") from error
-    _silence_ray_prints()
+    if takes_stdout:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of this process's life
     try:
-        return ray.init(
-            namespace="headrace",
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            ignore_reinit_error=False,
-            **arguments,
-        )
+        with _minimal_agents():
+            return ray.init(
+                namespace="headrace",
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                ignore_reinit_error=False,
+                **arguments,
+            )
     except Exception as error:  # Ray raises many kinds here; all mean that there is no cluster
         where = arguments.get("address")
         what = "start Ray on this machine" if where == "local" else f"join the Ray cluster at {where}"
         raise StartError(f"cannot {what}: {_first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def _minimal_agents() -> Iterator[None]:
+    """Ray's agents as they are where `ray[serve]` is not installed, for the clusters that start meanwhile.
+
+    Installing it makes every start bring up the dashboard's agent in full, `include_dashboard` or not: more CPU at the
+    start, more memory for good, for pages that nobody can open. There is no switch for it, so Ray is told what it
+    would find without.
+    """
+    try:
+        from ray._private import utils
+
+        ask = utils.get_dashboard_dependency_error
+    except (ImportError, AttributeError):  # another Ray, which does as it likes
+        yield
+        return
+    utils.get_dashboard_dependency_error = lambda: ImportError("headrace has no use for the dashboard")
+    try:
+        yield
+    finally:
+        utils.get_dashboard_dependency_error = ask
+
+
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:300]
-
-
-def _silence_ray_prints() -> None:
-    """Ray's driver prints each worker's death, in a long paragraph, to whatever `sys.stdout` is at that moment.
-
-    Whoever calls this keeps the real one for itself (`Screen` does); the controller reports deaths with a reason.
-    """
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of this process's life

@@ -1,13 +1,14 @@
-"""The controller: brings the fleet to what the configuration says and keeps it there.
+"""The controller: brings the fleet to what it should be and keeps it there.
 
-A named, detached Ray actor. Decisions are `reconcile`'s; here is what happens of them.
+A named, detached Ray actor. Decisions are pure and elsewhere; here is what happens of them.
 
-    supervise ── reconcile(desired, observed, now) ──> Start | Kill | Stop
-    one task per replica ── create, start, watch ──> ready ... failed(reason)
+    config, targets, pins ──> FleetPlan.settled ──> desired replicas        fleet_plan, victims
+    desired, observed ── reconcile ──> Start | Stop | Recall | ... ──> lives
     every change of the members ── version + 1 ──> long polls of the gateways return
 
-A controller that Ray restarts knows nothing but its arguments; it finds its replicas by name, and their `start`
-answers at once with what they started as. Gateways see a new epoch.
+A controller that Ray restarts knows nothing but its arguments: it finds its replicas by name and asks each what it
+is, and the rest (targets, pins, who is a member) is in its memory. No gateway is told anything before that, so that
+what runs goes on. Gateways see a new epoch.
 """
 
 from __future__ import annotations
@@ -17,30 +18,63 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 
-from headrace.backends.base import Started
 from headrace.config import Config
-from headrace.errors import FatalStartError, HeadraceError, StartError
-from headrace.fleet import placement
+from headrace.errors import BadRequest, FatalStartError
+from headrace.fleet import bring_up, scaling_log
+from headrace.fleet.changes import FleetChanges, num_replaced
+from headrace.fleet.config_diff import ConfigDiff
 from headrace.fleet.external import ExternalMembers
+from headrace.fleet.fleet_plan import FleetPlan, coming, initial_plan, remembered, restored
+from headrace.fleet.gpu_book import GpuBook
+from headrace.fleet.gpu_nodes import gpu_nodes
+from headrace.fleet.gpu_share import QuotaRules
+from headrace.fleet.lives import ReplicaLives
 from headrace.fleet.membership_board import MembershipBoard
-from headrace.fleet.reconcile import Action, Kill, Start, Stop, reconcile
+from headrace.fleet.memory import ClusterMemory
+from headrace.fleet.placement import Placement
+from headrace.fleet.pools import PoolKey, named
+from headrace.fleet.quota_status import QuotaStatus
+from headrace.fleet.reconcile import (
+    Action,
+    Forget,
+    Kill,
+    Observed,
+    Recall,
+    Sleep,
+    Start,
+    Stop,
+    Wake,
+    reconcile,
+)
 from headrace.fleet.replica import ReplicaOrder
-from headrace.fleet.replica_host import NAMESPACE, ReplicaHost, controller_name, survey
+from headrace.fleet.replica_host import NAMESPACE, ReplicaHost, controller_name
+from headrace.fleet.rollout import Fleet, Pace, Present, Rollout
+from headrace.fleet.room import NodeRequest
+from headrace.fleet.scaler import pool_status
+from headrace.fleet.scaling_log import ScalingLog
+from headrace.fleet.scaling_loop import ScalingLoop
 from headrace.fleet.slot import Slot
-from headrace.fleet.specs import Device, ReplicaSpec, expand
-from headrace.fleet.status import FleetStatus
+from headrace.fleet.specs import ReplicaSpec, number_of
+from headrace.fleet.status import FleetStatus, PoolStatus, RolloutStatus
+from headrace.fleet.victims import Seen
+from headrace.gateway.settings import GatewaySettings
+from headrace_router.demand import Demand
 from headrace_router.types import Membership, ReplicaId, ReplicaState
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-_PULSE_TIMEOUT_S = 0.5
+_LOOK_S = 1.0
 _LONGEST_POLL_S = 30.0
-_END_TIMEOUT_S = 10.0
+_HEARD_S = 2.0
+"""How long a drain waits for gateways to say that they know. One that is cut off is refused then, and asks another."""
+_MOST_REPLICAS = 4096
 
 
 class Controller:
@@ -51,39 +85,157 @@ class Controller:
 
         `host`: address that replicas listen on, None for each node's own.
         """
-        self._config = config
+        self._changes = FleetChanges(config)
+        self._reconfigured = asyncio.Event()  # set, and replaced, with each configuration
         self._token = internal_token
         self._host = host
-        self._replica_host = ReplicaHost(config.fleet.name)
-        self._slots: dict[ReplicaId, Slot] = {}
-        self._desired: dict[ReplicaId, ReplicaSpec] = {}
-        self._nodes: tuple[placement.Node, ...] = ()
+        self._lives = ReplicaLives(
+            ReplicaHost(config.fleet.name), self._order, self._changed, self._heard, self._started
+        )
+        self._plan = FleetPlan({})
+        self._memory = ClusterMemory(config.fleet.name, internal_token)
+        self._saved: dict[str, Any] | None = None
+        self._saving = asyncio.Lock()
+        self._gpus = GpuBook(QuotaRules.of(config))
+        self._looked_s = float("-inf")
+        self._feeling: asyncio.Future[None] | None = None
+        self._runnable: dict[ReplicaId, ReplicaSpec] = {}  # what of the plan may run now
+        self._scaling = ScalingLoop(
+            self._lives,
+            ScalingLog(scaling_log.path_of(config.fleet.name)),
+            lambda: self._plan,
+            self._take,
+            lambda replica_id: replica_id in self._gpus.hopeless,
+        )
+        self._nodes = NodeRequest()
         self._external = ExternalMembers(config, self._publish)
         self._board = MembershipBoard(model.name for model in config.models)
         self._supervising: asyncio.Task[None] | None = None
+        self._watching_load: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._is_surveyed = False
+        self._is_surveyed = asyncio.Event()
 
     async def begin(self) -> None:
         """Start to work; every other method does it too. Idempotent."""
         if self._supervising is None:
             self._supervising = asyncio.ensure_future(self._supervise())
 
-    async def watch(self, epoch: str, version: int, timeout_s: float) -> Membership:
-        """The membership, as soon as it is not the known one; after `timeout_s` in any case."""
+    async def watch(self, epoch: str, version: int, timeout_s: float, reader: str = "") -> Membership:
+        """The membership, as soon as it is not the known one; after `timeout_s` in any case. A `reader` names itself
+        to be waited for when a replica is to drain."""
         await self.begin()
-        return await self._board.watch(epoch, version, min(timeout_s, _LONGEST_POLL_S))
+        await self._is_surveyed.wait()
+        return await self._board.watch(epoch, version, min(timeout_s, _LONGEST_POLL_S), reader)
+
+    async def demand(self, demand: Demand) -> None:
+        """A gateway's report of the work that comes."""
+        await self.begin()
+        self._scaling.tell(demand)
 
     async def status(self) -> FleetStatus:
         """Every replica, with pulses taken now; a replica too busy to answer shows its last one."""
         await self.begin()
-        await asyncio.gather(*(self._take_pulse(slot) for slot in self._slots.values()))
+        await self._lives.take_pulses()
         now_s = time.monotonic()
-        rows = [slot.row(now_s) for _, slot in sorted(self._slots.items())] + self._external.rows()
+        own = [slot.row(now_s) for slot in self._lives.slots.values()]
+        rows = sorted(self._gpus.told(own, now_s), key=lambda row: row.id) + self._external.rows()
         membership = self._board.current
         return FleetStatus(
-            self._config.fleet.name, membership.epoch, membership.version, tuple(rows), self._is_surveyed
+            self._config.fleet.name,
+            membership.epoch,
+            membership.version,
+            tuple(rows),
+            self._pool_rows(),
+            self._is_surveyed.is_set(),
+            () if (shared := self._gpus.status(self._config.fleet.name, now_s)) is None else shared.tenants,
+            self._rollout_status(),
+            self._config.fleet.drain_timeout_s,
         )
+
+    async def settings(self, version: int, timeout_s: float) -> GatewaySettings:
+        """What gateways go by, as soon as it is not the known version; after `timeout_s` in any case."""
+        await self.begin()
+        await self._is_surveyed.wait()
+        if version == self._changes.revision:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._reconfigured.wait(), min(timeout_s, _LONGEST_POLL_S))
+        config = self._config
+        return GatewaySettings(
+            self._changes.revision,
+            config.gateway,
+            config.fleet.dead_after_s,
+            bring_up.tokenizers(config),
+            {tenant.name: tenant.weight for tenant in config.tenants},
+        )
+
+    def _answer_polls(self) -> None:
+        """Those who wait for other settings get the present ones."""
+        self._reconfigured.set()
+        self._reconfigured = asyncio.Event()
+
+    async def difference(self, config: Config) -> ConfigDiff:
+        """What applying this configuration would need. Raises what `apply` raises."""
+        await self.begin()
+        await self._is_surveyed.wait()
+        return self._changes.difference(config)
+
+    async def apply(self, config: Config, id: str, pace: Pace) -> Rollout | None:
+        """Go over to another configuration, by the least that the difference needs. The rollout goes on by itself;
+        `status` tells how far it is. None where there is nothing to do and there never was a rollout.
+
+        Raises ConfigError for what cannot change while the fleet runs, FatalStartError where devices are too few.
+        """
+        await self.begin()
+        await self._is_surveyed.wait()
+        old = self._config
+        self._take(self._changes.apply(self._plan, config, id, pace))
+        if self._config != old:
+            self._answer_polls()
+            self._external.go_by(self._config)
+            self._gpus.go_by(QuotaRules.of(self._config))
+        await self._save()
+        return self._changes.rollout
+
+    async def restart(self, name: str | None, is_rolling: bool, id: str, pace: Pace) -> Rollout:
+        """Replace one replica, or, rolling, those of a pool or all, one after another. Likewise. Raises NotFound."""
+        await self.begin()
+        await self._is_surveyed.wait()
+        self._take(self._changes.restart(self._plan, name, is_rolling, id, pace))
+        await self._save()
+        assert self._changes.rollout is not None
+        return self._changes.rollout
+
+    async def quota(self) -> QuotaStatus | None:
+        """Who has the GPUs that tenants share, None where nobody shares."""
+        await self.begin()
+        await self._is_surveyed.wait()
+        return self._gpus.status(self._config.fleet.name, time.monotonic())
+
+    async def scale(self, pool: str, count: int | None) -> PoolStatus:
+        """Give a pool `count` replicas, whatever its load; None leaves that to its configuration again.
+
+        Raises NotFound for a pool that there is not, BadRequest for a number that cannot be.
+        """
+        await self.begin()
+        await self._is_surveyed.wait()
+        if count is not None and not 0 <= count <= _MOST_REPLICAS:
+            raise BadRequest(f"the number of replicas is {count}; it must be 0 to {_MOST_REPLICAS}")
+        key = named(pool, self._plan.pools)
+        before = self._plan.pools[key]
+        self._take(self._plan.having(before.pinned(count)))
+        self._scaling.pinned(self._plan.pools[key], before.pin)
+        await self._save()
+        return next(row for row in self._pool_rows() if (row.model, row.role) == key)
+
+    async def decisions(self, pool: str | None, last: int) -> dict[str, Any]:
+        """Why the pools have the targets that they have: {"latest": of each autoscaled pool, "changes": the last
+        decisions that changed something, newest last}. Raises NotFound for a pool that there is not."""
+        await self.begin()
+        await self._is_surveyed.wait()
+        key = None if pool is None else named(pool, self._plan.pools)
+        latest = [one.as_data() for name, one in self._scaling.scaler.latest.items() if key in (None, name)]
+        changes = self._scaling.decisions.latest(None if key is None else str(key), last)
+        return {"latest": latest, "changes": changes, "log": str(self._scaling.decisions.path)}
 
     async def process_id(self) -> int:
         """Of this actor's process, for people who look into it."""
@@ -91,156 +243,200 @@ class Controller:
 
     async def shutdown(self, drain_s: float) -> None:
         """End every replica, letting what runs finish for at most `drain_s`. The actor itself stays."""
-        if self._supervising is not None:
-            self._supervising.cancel()
+        for task in (self._supervising, self._watching_load, self._feeling):
+            if task is not None:
+                task.cancel()
+        self._answer_polls()  # Ray complains to the user of each that its actor's end cuts
         self._external.stop()
-        await asyncio.gather(*(self._stop(slot, drain_s) for slot in self._slots.values()))
+        await self._lives.end_all(drain_s)
+        await self._nodes.follow((), ())
+        with contextlib.suppress(
+            Exception
+        ):  # the fleet is gone; what is left of it in the cluster harms nobody
+            await self._memory.clear()
 
     async def _supervise(self) -> None:
-        await self._survey()
-        self._external.start()
-        found = await self._replica_host.find()
-        for replica_id, hosted in found.items():
-            spec = self._desired.get(replica_id)
-            if spec is None:
-                self._replica_host.end(hosted)
-                continue
-            slot = self._slots[replica_id] = Slot(
-                spec, ReplicaState.STARTING, time.monotonic(), hosted=hosted
-            )
-            slot.life = asyncio.ensure_future(self._live(slot))
+        await self._take_over()
         while True:
             try:
-                observed = {replica_id: slot.observed for replica_id, slot in self._slots.items()}
-                fleet = self._config.fleet
-                for action in reconcile(
-                    self._desired,
-                    observed,
-                    time.monotonic(),
-                    start_timeout_s=fleet.start_timeout_s,
-                    max_backoff_s=fleet.max_restart_backoff_s,
-                ):
-                    self._do(action)
-                self._is_surveyed = True
+                await self._look()
+                self._round()
+                await self._save()
+                short = self._gpus.short
+                waiting = [slot for slot in self._lives.slots.values() if slot.waits_for]
+                await self._nodes.follow([*self._runnable.values(), *short], [*waiting, *short])
             except Exception:  # supervision boundary: one failed round must not end supervision
                 log.exception("a round of supervision failed")
+            self._is_surveyed.set()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _TICK_S)
 
-    async def _survey(self) -> None:
-        self._nodes = await survey()
+    async def _take_over(self) -> None:
+        """From whoever was before: the replicas that run, the targets and pins."""
+        await self._lives.survey()
         resources: dict[str, float] = await asyncio.to_thread(ray.cluster_resources)
-        num_cores = sum(len(node.cores) for node in self._nodes)
-        specs = expand(self._config, num_cores, int(resources.get("GPU", 0)))
-        self._desired = {spec.id: spec for spec in specs}
+        num_cores = sum(len(node.cores) for node in self._lives.nodes)
+        self._changes.on(num_cores, int(resources.get("GPU", 0)))
+        saved: dict[str, Any] = {}
+        try:
+            saved = await self._memory.load() or {}
+            if saved:
+                self._changes.restore(saved["changes"])
+        except Exception:  # supervision boundary: a fleet that forgot its targets is better than none
+            log.exception("what was remembered of the fleet cannot be read; it begins anew")
+        self._saved = saved
+        plan = initial_plan(self._config, num_cores, self._changes.num_gpus)
+        await self._lives.adopt_all()
+        self._gpus.go_by(QuotaRules.of(self._config))
+        self._gpus.adopt(self._lives.slots, time.monotonic())
+        found = {replica_id: slot.spec for replica_id, slot in self._lives.slots.items()}
+        self._plan = restored(plan, saved.get("pools", ()), found)
+        self._scaling.scaler.recall(saved.get("starts_s", {}), self._plan.pools)
+        self._watching_load = asyncio.ensure_future(self._scaling.run())
+        self._external.start()
+        self._external.go_by(self._config)
 
-    def _do(self, action: Action) -> None:
-        now_s = time.monotonic()
+    async def _look(self) -> None:
+        """At what sharing GPUs depends on: which nodes have some, which replicas are idle."""
+        rules, now_s = self._gpus.rules, time.monotonic()
+        if rules is None or now_s - self._looked_s < _LOOK_S:
+            return
+        self._looked_s = now_s
+        if not rules.simulated_nodes:
+            try:
+                self._gpus.nodes = gpu_nodes(await asyncio.to_thread(ray.nodes))
+            except Exception:  # supervision boundary: the nodes of a moment ago will do
+                log.exception("Ray does not list its nodes")
+        if self._feeling is None or self._feeling.done():
+            # Not waited for: one that is slow to answer must not hold up the others.
+            self._feeling = asyncio.ensure_future(self._lives.take_pulses(lambda slot: bool(slot.spots)))
+
+    def _round(self) -> None:
+        slots = self._lives.slots
+        self._plan = self._changes.advance(self._plan, _present(slots, self._gpus.waiting), time.monotonic())
+        self._plan = self._plan.settled((number_of(id), slot.seen) for id, slot in slots.items())
+        wanted = self._plan.desired()
+        for replica_id, slot in slots.items():
+            slot.is_other = replica_id in wanted and wanted[replica_id] != slot.spec
+        asleep = self._plan.asleep()
+        allowed = self._gpus.round({**wanted, **asleep}, slots, time.monotonic())
+        desired = self._runnable = {name: spec for name, spec in allowed.items() if name in wanted}
+        for replica_id in self._gpus.lost:
+            if replica_id in slots and slots[replica_id].state is not ReplicaState.FAILED:
+                self._lives.kill(replica_id, "the node of its GPUs is gone")
+        fleet = self._config.fleet
+        for action in reconcile(
+            desired,
+            {replica_id: slot.observed for replica_id, slot in slots.items()},
+            time.monotonic(),
+            start_timeout_s=fleet.start_timeout_s,
+            max_backoff_s=fleet.max_restart_backoff_s,
+            asleep=allowed.keys() & asleep.keys(),
+        ):
+            self._do(action, desired)
+        self._publish()
+
+    def _do(self, action: Action, desired: dict[ReplicaId, ReplicaSpec]) -> None:
         match action:
             case Start(replica_id):
-                slot = self._slots.setdefault(
-                    replica_id, Slot(self._desired[replica_id], ReplicaState.PENDING, now_s)
-                )
-                slot.enter(ReplicaState.PENDING, now_s)
-                slot.life = asyncio.ensure_future(self._live(slot))
+                self._lives.start(desired[replica_id])
             case Kill(replica_id, reason):
-                slot = self._slots[replica_id]
-                if slot.life is not None:
-                    slot.life.cancel()
-                self._failed(slot, reason, is_fatal=False)
+                self._lives.kill(replica_id, reason)
             case Stop(replica_id):
-                slot = self._slots[replica_id]
-                slot.enter(ReplicaState.DRAINING, now_s)
-                self._publish()
-                slot.life = asyncio.ensure_future(self._stop(slot, self._config.fleet.drain_timeout_s))
+                self._lives.drain(replica_id, self._config.fleet.drain_timeout_s)
+            case Sleep(replica_id):
+                self._lives.sleep(replica_id, self._config.fleet.drain_timeout_s)
+            case Wake(replica_id):
+                self._lives.wake(replica_id)
+            case Recall(replica_id):
+                self._lives.recall(replica_id)
+            case Forget(replica_id):
+                self._lives.forget(replica_id)
 
-    async def _live(self, slot: Slot) -> None:
-        """One replica's life, from placing to death."""
-        try:
-            await self._bring_up(slot)
-            assert slot.hosted is not None
-            outcome = await slot.hosted.actor.start.remote()
-            if not isinstance(outcome, Started):
-                self._failed(slot, outcome.reason, outcome.is_fatal)
-                return
-            await self._take_pulse(slot)
-            slot.become_ready(outcome, time.monotonic())
-            self._publish()
-            reason = await slot.hosted.actor.watch.remote()
-            self._failed(slot, reason, is_fatal=False)
-        except HeadraceError as error:
-            self._failed(slot, error.message, is_fatal=False)
-        except ray.exceptions.RayActorError as error:
-            self._failed(slot, _death(error), is_fatal=False)
-        except Exception as error:  # supervision boundary: a replica's trouble is a reason, never ours
-            log.exception("supervising %s failed", slot.spec.id)
-            self._failed(slot, f"{type(error).__name__}: {error}".splitlines()[0][:300], is_fatal=False)
+    def _take(self, plan: FleetPlan) -> None:
+        """Go by this plan from now on."""
+        if plan != self._plan:
+            self._plan = plan
+            self._wake.set()
 
-    async def _bring_up(self, slot: Slot) -> None:
-        if slot.hosted is not None:
-            return
-        slot.starts += 1
-        spec = slot.spec
-        if spec.device is Device.CPU:
-            if slot.failures:
-                self._nodes = await survey()  # its node may be what failed
-            slot.placement = await self._place(spec)
-        order = ReplicaOrder(
-            spec,
-            self._token,
-            self._config.fleet.report_interval_s,
-            slot.placement.cores if slot.placement else (),
-            self._host,
+    async def _save(self) -> None:
+        async with self._saving:
+            value = {
+                "pools": remembered(self._plan),
+                "changes": self._changes.remembered(),
+                "starts_s": self._scaling.scaler.remembered(),
+            }
+            if value != self._saved:
+                await self._memory.save(value)
+                self._saved = value
+
+    def _order(self, spec: ReplicaSpec, placed: Placement | None) -> ReplicaOrder:
+        return ReplicaOrder(
+            spec, self._token, spec.report_interval_s, placed, self._host, self._gpus.spots(spec.id)
         )
-        slot.hosted = await self._replica_host.create(order, slot.placement)
 
-    async def _place(self, spec: ReplicaSpec) -> placement.Placement:
-        taken = [slot.placement for slot in self._slots.values() if slot.placement is not None]
-        try:
-            return placement.place(spec, self._nodes, taken)
-        except StartError:
-            self._nodes = await survey()  # a node may have joined
-            return placement.place(spec, self._nodes, taken)
+    @property
+    def _config(self) -> Config:
+        """As it is now."""
+        return self._changes.config
 
-    def _failed(self, slot: Slot, reason: str, is_fatal: bool) -> None:
-        hosted, slot.hosted = slot.hosted, None
-        if hosted is not None:
-            self._replica_host.end(hosted)
-        slot.fail(reason, is_fatal, time.monotonic())
-        log.warning("%s failed: %s", slot.spec.id, reason)
+    def _rollout_status(self) -> RolloutStatus | None:
+        rollout = self._changes.rollout
+        if rollout is None:
+            return None
+        slots = self._lives.slots
+        ready = {replica_id for replica_id, slot in slots.items() if slot.state is ReplicaState.READY}
+        replaced = num_replaced(rollout, self._plan, ready)
+        return RolloutStatus(
+            rollout.id, rollout.what, rollout.state.value, replaced, rollout.total, rollout.reason
+        )
+
+    def _changed(self) -> None:
         self._publish()
         self._wake.set()
 
-    async def _stop(self, slot: Slot, drain_s: float) -> None:
-        if slot.life is not None and slot.life is not asyncio.current_task():
-            slot.life.cancel()
-        hosted, slot.hosted = slot.hosted, None
-        if hosted is not None:
-            if drain_s > 0:
-                await _within(hosted.actor.stop.remote(drain_s), drain_s + _END_TIMEOUT_S)
-            self._replica_host.end(hosted)
-        slot.placement = slot.started = slot.pulse = None
-        slot.enter(ReplicaState.STOPPED, time.monotonic())
-        self._publish()
-        if slot.spec.id not in self._desired:
-            self._slots.pop(slot.spec.id, None)
+    async def _heard(self) -> bool:
+        return await self._board.heard(self._board.current.version, _HEARD_S)
 
-    async def _take_pulse(self, slot: Slot) -> None:
-        if slot.hosted is None:
-            return
-        pulse = await _within(slot.hosted.actor.pulse.remote(), _PULSE_TIMEOUT_S)
-        if pulse is not None and slot.hosted is not None:
-            slot.pulse = pulse
-            if slot.state is ReplicaState.PENDING:
-                # Not `enter`: the start's clock runs from when it was asked for.
-                slot.state = ReplicaState.STARTING
+    def _started(self, spec: ReplicaSpec, took_s: float) -> None:
+        self._scaling.scaler.started(PoolKey(spec.model, spec.role), took_s)
 
     def _publish(self) -> None:
-        replicas = [
-            replica for _, slot in sorted(self._slots.items()) if (replica := slot.replica) is not None
-        ]
-        self._board.publish((*replicas, *self._external.replicas()))
+        observed = {replica_id: slot.observed for replica_id, slot in self._lives.slots.items()}
+        self._board.publish(
+            (*self._lives.replicas(), *self._external.replicas()),
+            coming(self._plan, observed, self._gpus.hopeless),
+            [model.name for model in self._config.models],
+        )
+
+    def _pool_rows(self) -> tuple[PoolStatus, ...]:
+        ready = Counter(
+            PoolKey(slot.spec.model, slot.spec.role)
+            for slot in self._lives.slots.values()
+            if slot.state is ReplicaState.READY
+        )
+        scaler = self._scaling.scaler
+        return tuple(
+            pool_status(pool, ready[key], scaler.latest.get(key), scaler.cold_start_s(key))
+            for key, pool in self._plan.pools.items()
+        )
+
+
+def _present(slots: Mapping[ReplicaId, Slot], waiting: Iterable[tuple[ReplicaSpec, float]]) -> Fleet:
+    """What there is, as a rollout sees it: those that wait for GPUs are there and have no room."""
+    fleet: dict[PoolKey, dict[int, Present]] = {}
+    for spec, since_s in waiting:
+        observed = Observed(spec.id, ReplicaState.PENDING, since_s, waits_for_room=True)
+        fleet.setdefault(PoolKey(spec.model, spec.role), {})[number_of(spec.id)] = Present(
+            observed, Seen(ReplicaState.PENDING, spec), since_s
+        )
+    for replica_id, slot in slots.items():
+        key = PoolKey(slot.spec.model, slot.spec.role)
+        fleet.setdefault(key, {})[number_of(replica_id)] = Present(
+            slot.observed, slot.seen, slot.since_s, slot.reason
+        )
+    return fleet
 
 
 def create(config: Config, internal_token: str, host: str | None) -> Any:
@@ -264,19 +460,3 @@ def create(config: Config, internal_token: str, host: str | None) -> Any:
             f"fleet {config.fleet.name!r} runs on this cluster already; see `headrace status`, or set another "
             "fleet.name"
         ) from error
-
-
-async def _within(reference: Any, timeout_s: float) -> Any:
-    """What a call to a replica returns, None when it fails or takes too long."""
-    try:
-        return await asyncio.wait_for(reference, timeout_s)
-    except (TimeoutError, ray.exceptions.RayError):
-        return None
-
-
-def _death(error: Exception) -> str:
-    """Ray's report of a death in one line."""
-    # Ray's memory monitor says so; a death of any other kind lists the kernel's OOM killer among possible causes.
-    if "running low on memory" in str(error):
-        return "its process was killed: the node ran out of memory"
-    return "its process died"

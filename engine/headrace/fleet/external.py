@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
-from headrace.config import Config
+from headrace.config import Config, Model
 from headrace.fleet.status import ReplicaStatus
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.types import Membership, Replica, ReplicaId, ReplicaState, Role
@@ -23,23 +23,36 @@ class ExternalMembers:
     """Follows the servers of every external model; calls `changed` when one comes or goes."""
 
     def __init__(self, config: Config, changed: Callable[[], None]) -> None:
-        self._fleets = {
-            model.name: StaticFleet(list(model.urls), api_key=model.api_key, model=model.name)
-            for model in config.models
-            if model.backend == "external"
-        }
+        self._models = _external(config)
+        self._fleets = {name: _fleet(model) for name, model in self._models.items()}
         self._changed = changed
         self._known: dict[str, Membership] = {}
         self._since_s: dict[tuple[ReplicaId, ReplicaState], float] = {}
-        self._following: list[asyncio.Task[None]] = []
+        self._following: dict[str, asyncio.Task[None]] = {}
         self._began_s = time.monotonic()
 
     def start(self) -> None:
-        self._following = [asyncio.ensure_future(self._follow(name)) for name in self._fleets]
+        self._following = {name: asyncio.ensure_future(self._follow(name)) for name in self._fleets}
 
     def stop(self) -> None:
-        for task in self._following:
+        for task in self._following.values():
             task.cancel()
+
+    def go_by(self, config: Config) -> None:
+        """Follow the servers of another configuration. Those that stay are members all the while."""
+        models, before = _external(config), self._models
+        self._models = models
+        for name in before.keys() - models.keys():
+            self._following.pop(name).cancel()
+            del self._fleets[name]
+            self._known.pop(name, None)
+        for name, model in models.items():
+            if before.get(name) != model:
+                if name in before:
+                    self._following.pop(name).cancel()
+                self._fleets[name] = _fleet(model)
+                self._following[name] = asyncio.ensure_future(self._follow(name, is_new=True))
+        self._changed()
 
     def replicas(self) -> list[Replica]:
         return [replica for known in self._known.values() for replica in known.replicas]
@@ -80,10 +93,11 @@ class ExternalMembers:
             if url not in shown
         ]
 
-    async def _follow(self, name: str) -> None:
+    async def _follow(self, name: str, *, is_new: bool = False) -> None:
         while True:
             try:
-                known = await self._fleets[name].watch(self._known.get(name))
+                known = await self._fleets[name].watch(None if is_new else self._known.get(name))
+                is_new = False
             except Exception:  # supervision boundary: a server's odd answer must not end the probing
                 log.exception("probing the servers of %s failed", name)
                 await asyncio.sleep(_RETRY_S)
@@ -94,6 +108,14 @@ class ExternalMembers:
                 states = [(replica.id, replica.state) for replica in self.replicas()]
                 self._since_s = {state: self._since_s.get(state, now_s) for state in states}
                 self._changed()
+
+
+def _external(config: Config) -> dict[str, Model]:
+    return {model.name: model for model in config.models if model.backend == "external"}
+
+
+def _fleet(model: Model) -> StaticFleet:
+    return StaticFleet(list(model.urls), api_key=model.api_key, model=model.name)
 
 
 def _by_url(problems: Iterable[str]) -> dict[str, str]:

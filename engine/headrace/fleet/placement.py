@@ -14,6 +14,10 @@ from headrace.errors import StartError
 from headrace.fleet.specs import ReplicaSpec
 
 
+class NoRoom(StartError):
+    """Not now; perhaps when a replica has gone or a node has joined."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One machine of the cluster."""
@@ -35,16 +39,18 @@ class Placement:
 def place(spec: ReplicaSpec, nodes: Sequence[Node], taken: Iterable[Placement]) -> Placement:
     """Room for one more CPU replica, on the node with the most free cores.
 
-    Raises StartError when no node has it.
+    Raises NoRoom when no node has it.
     """
     use = _use(taken)
     options = [option for node in nodes if (option := _on_node(spec, node, use)) is not None]
     if options:
         return max(options, key=lambda option: option[0])[1]
     biggest = max((len(node.cores) for node in nodes), default=0)
-    raise StartError(
-        f"no free cores for {spec.id}: it asks for {spec.cpus:g}, the biggest node has {biggest} in all; "
-        "lower pools[].replicas or pools[].cpus"
+    free = max((sum(1.0 - use.get((node.id, core), 0.0) for core in node.cores) for node in nodes), default=0)
+    advice = "" if spec.cpus <= biggest else "; lower pools[].cpus"
+    raise NoRoom(
+        f"waits for {spec.cpus:g} free CPU cores on one node: {free:g} are free where most are, the biggest node has "
+        f"{biggest} in all{advice}"
     )
 
 

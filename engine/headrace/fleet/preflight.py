@@ -137,10 +137,19 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else min(available, int(limit) - int(current))
 
 
-def check_devices(specs: Sequence[ReplicaSpec], num_cores: int, num_gpus: int) -> None:
-    """Raises FatalStartError when the cluster has too few cores or GPUs for all replicas together."""
+def check_devices(
+    specs: Sequence[ReplicaSpec], num_cores: int, num_gpus: int, *, has_gpu_quotas: bool = False
+) -> None:
+    """Raises FatalStartError when the cluster has too few cores or GPUs for all replicas together. Where tenants share
+    GPUs, what does not fit waits."""
+    for spec in specs:
+        if spec.sleep_level is not None and spec.device is Device.CPU:
+            raise FatalStartError(
+                f"{spec.id} would run on the CPU, where vLLM has no sleep mode; remove pools[].autoscale.warm, or set "
+                "pools[].device to cuda"
+            )
     gpus = sum(spec.num_gpus for spec in specs)
-    if gpus > num_gpus:
+    if gpus > num_gpus and not has_gpu_quotas:
         raise FatalStartError(
             f"the replicas need {gpus} GPUs, the cluster has {num_gpus}; lower pools[].replicas or "
             "pools[].tensor_parallel, set pools[].device to cpu, or join a cluster with --address"

@@ -10,19 +10,24 @@ import asyncio
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from headrace.fleet.placement import Node, Placement
+from headrace.fleet import room
+from headrace.fleet.gpu_quota_spec import Spot
+from headrace.fleet.placement import Node
 from headrace.fleet.replica import ReplicaActor, ReplicaOrder
 from headrace_router.types import ReplicaId
 
 NAMESPACE = "headrace"
 CONTROLLER = "controller"
+
+_NODE_LABEL = "ray.io/node-id"  # Ray's own label of every node
 
 _MAX_CONCURRENT_CALLS = 1000
 """Of one actor. `watch` and `start` hold a place for a replica's whole life, and pollers must still get in."""
@@ -47,24 +52,32 @@ class ReplicaHost:
     def __init__(self, fleet: str) -> None:
         self._fleet = fleet
 
-    async def create(self, order: ReplicaOrder, placement: Placement | None) -> Hosted:
+    async def create(self, order: ReplicaOrder) -> Hosted:
         """Ask Ray for a replica actor. Returns before it is placed, except where GPUs must be found first."""
         spec = order.spec
         name = f"{self._fleet}/{spec.id}/{secrets.token_hex(4)}"
         group = None
         strategy: Any = "DEFAULT"
         num_cpus, num_gpus = spec.cpus, 0
-        if placement is not None:
-            strategy = NodeAffinitySchedulingStrategy(node_id=placement.node_id, soft=False)
+        if order.placement is not None:
+            strategy = NodeAffinitySchedulingStrategy(node_id=order.placement.node_id, soft=False)
         elif spec.num_gpus:
             # One node: the actor takes all GPUs and vLLM's own processes use them. Several (a pipeline): the
             # actor takes none, vLLM's Ray executor finds one bundle per worker in the actor's own group.
             spans_nodes = spec.pipeline_parallel > 1
-            num_bundles = spec.num_gpus if spans_nodes else 1
-            each = {"GPU": spec.num_gpus // num_bundles, "CPU": 1.0}
-            bundles = [{"GPU": each["GPU"], "CPU": max(1.0, spec.cpus)}] + [each] * (num_bundles - 1)
-            group = placement_group(bundles, strategy="PACK" if spans_nodes else "STRICT_PACK", name=name)
-            await group.ready()
+            bundles = room.bundles(spec, is_placed=bool(order.spots))
+            group = placement_group(
+                bundles,
+                strategy="PACK" if spans_nodes else "STRICT_PACK",
+                name=name,
+                lifetime="detached",  # as the replica: it outlives a controller
+                bundle_label_selector=_selectors(order.spots, len(bundles)),
+            )
+            try:
+                await group.ready()
+            except BaseException:  # it was given up, perhaps after a long wait
+                remove_placement_group(group)
+                raise
             num_cpus, num_gpus = (0.0, 0) if spans_nodes else (spec.cpus, spec.num_gpus)
             strategy = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=0, placement_group_capture_child_tasks=spans_nodes
@@ -92,7 +105,7 @@ class ReplicaHost:
                 continue
             with contextlib.suppress(ValueError):  # it ended since it was listed
                 actor = await asyncio.to_thread(ray.get_actor, listed["name"], namespace=NAMESPACE)
-                hosted = Hosted(listed["name"], actor)
+                hosted = Hosted(listed["name"], actor, await asyncio.to_thread(_group, listed["name"]))
                 if ReplicaId(replica_id) in found:
                     self.end(hosted)
                 else:
@@ -107,6 +120,23 @@ class ReplicaHost:
             with contextlib.suppress(Exception):
                 remove_placement_group(hosted.group)
             hosted.group = None
+
+
+def _selectors(spots: Sequence[Spot], num_bundles: int) -> list[dict[str, str]] | None:
+    """The node of each bundle, where that has been decided."""
+    if not spots:
+        return None
+    if num_bundles == 1:
+        return [{_NODE_LABEL: spots[0].node_id}]
+    return [{_NODE_LABEL: spot.node_id} for spot in spots for _ in range(spot.gpus)]
+
+
+def _group(name: str) -> Any:
+    """The placement group of that name, None where the replica needed none."""
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return None
 
 
 def _own_cores() -> tuple[int, ...]:

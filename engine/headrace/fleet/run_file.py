@@ -14,7 +14,7 @@ from headrace.backends.embedded_model import cache_root
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One running `headrace serve`."""
+    """One running fleet: a `headrace serve`, or a Python program that has opened one."""
 
     pid: int
     began: str | None  # of the process, see `began`
@@ -24,6 +24,12 @@ class Run:
     auth_token: str | None  # of its Ray cluster, None where the environment must say
     num_cores: float = 0.0  # of this machine that its replicas compute on
     is_ready: bool = False
+
+
+def of_this_process(fleet: str, url: str, ray_address: str, auth_token: str | None, num_cores: float) -> Run:
+    """Not ready yet."""
+    pid = os.getpid()
+    return Run(pid, began(pid), fleet, url, ray_address, auth_token, num_cores)
 
 
 def folder() -> Path:

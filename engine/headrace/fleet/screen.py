@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from headrace.fleet.status import FleetStatus, ReplicaStatus
+from headrace.fleet.status import FleetStatus, PoolStatus, ReplicaStatus
 from headrace_router.types import ReplicaState
 
 _COLOURS = {
@@ -52,6 +52,7 @@ class Screen:
         self._live: Live | None = None
         self._shown: dict[str, tuple[str, str]] = {}
         self._restarts: dict[str, int] = {}
+        self._wanted: dict[str, int] = {}
 
     def say(self, line: str) -> None:
         """One line about what happens."""
@@ -76,15 +77,28 @@ class Screen:
             self._live.start()
         self._live.update(_progress_table(status.replicas))
 
+    def seen(self, status: FleetStatus) -> None:
+        """The fleet as it is before anything happens: no news."""
+        self._shown = {replica.id: _shown(replica) for replica in status.replicas}
+        self._restarts = {replica.id: replica.restarts for replica in status.replicas}
+
     def changes(self, status: FleetStatus) -> None:
         """One line per replica whose state or phase is not what it was; one for all where many do the same."""
+        for pool in status.pools:
+            before = self._wanted.setdefault(pool.pool, pool.wanted)
+            if before != pool.wanted:
+                self._wanted[pool.pool] = pool.wanted
+                self.say(f"{pool.pool}: {before} -> {pool.wanted} replicas, {pool.reason}")
+        for gone in self._shown.keys() - {replica.id for replica in status.replicas}:
+            del self._shown[gone]
+            self.say(f"{gone}: gone")
         changed: dict[tuple[str, str], list[ReplicaStatus]] = {}
         for replica in status.replicas:
             if replica.restarts > self._restarts.get(replica.id, 0):
                 # It may have failed and come back between two looks.
                 self.say(f"{replica.id}: {replica.last_failure}; started again")
             self._restarts[replica.id] = replica.restarts
-            now = (replica.state.value, replica.phase if replica.state in _STARTING else "")
+            now = _shown(replica)
             if self._shown.get(replica.id) != now:
                 self._shown[replica.id] = now
                 changed.setdefault(now, []).append(replica)
@@ -105,9 +119,17 @@ class Screen:
         command = _own_command()
         self.end_progress()
         self._shown = {replica.id: (replica.state.value, "") for replica in status.replicas}
-        models = sorted({replica.model for replica in status.replicas})
-        count = "1 replica serves" if status.num_ready == 1 else f"{status.num_ready} replicas serve"
-        self.say(f"{count} {', '.join(models)}")
+        self._wanted = {pool.pool: pool.wanted for pool in status.pools}
+        awake = sorted({replica.model for replica in status.replicas})
+        models = sorted({*awake, *(pool.model for pool in status.pools)})
+        if awake:
+            count = "1 replica serves" if status.num_ready == 1 else f"{status.num_ready} replicas serve"
+            self.say(f"{count} {', '.join(awake)}")
+        asleep = [model for model in models if model not in awake]
+        if asleep:
+            self.say(
+                f"no replica of {', '.join(asleep)} runs yet; the first request starts one and waits for it"
+            )
         body = json.dumps(
             {"model": models[0] if models else "", "messages": [{"role": "user", "content": "Hi"}]}
         )
@@ -126,6 +148,10 @@ class Screen:
 _STARTING = (ReplicaState.PENDING, ReplicaState.STARTING)
 
 
+def _shown(replica: ReplicaStatus) -> tuple[str, str]:
+    return replica.state.value, replica.phase if replica.state in _STARTING else ""
+
+
 def describe(replica: ReplicaStatus) -> str:
     """`smollm2-unified-0: starting, engine (12 s)`."""
     pid = f", pid {replica.pid}" if replica.is_ready and replica.start_s else ""
@@ -133,6 +159,8 @@ def describe(replica: ReplicaStatus) -> str:
 
 
 def _doing(replica: ReplicaStatus) -> str:
+    if replica.state in _STARTING and replica.reason and not replica.phase:
+        return f"{replica.state.value}, {replica.reason} ({replica.state_s:.0f} s)"
     if replica.state in _STARTING:
         return f"{replica.state.value}, {replica.phase or 'waiting for a place'} ({replica.state_s:.0f} s)"
     if replica.is_ready and replica.start_s:
@@ -196,6 +224,25 @@ def status_table(status: FleetStatus, url: str, is_ready: bool = True) -> Table:
             str(replica.restarts),
             "external" if replica.is_external else replica.node,
             replica.reason,
+        )
+    return table
+
+
+def pool_table(pools: Iterable[PoolStatus]) -> Table:
+    """How many replicas each pool should have, and why."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pool")
+    for heading in ("ready", "target", "min", "max"):
+        table.add_column(heading, justify="right")
+    table.add_column("why", overflow="fold")
+    for pool in pools:
+        table.add_row(
+            pool.pool,
+            str(pool.ready),
+            f"{pool.wanted} (pinned)" if pool.pin is not None else str(pool.target),
+            "-" if pool.least is None else str(pool.least),
+            "-" if pool.most is None else str(pool.most),
+            pool.reason,
         )
     return table
 

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, help="port to listen on, 0 takes a free one (default: gateway.port of CONFIG)"
     )
     parser.add_argument(
+        "--gateways",
+        type=int,
+        metavar="N",
+        help="gateway processes that share the port (default: gateway.processes of CONFIG)",
+    )
+    parser.add_argument(
         "--address",
         metavar="HOST:PORT",
         help="the running Ray cluster to join, or `auto` (default: start one on this machine)",
@@ -37,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises HeadraceError when it cannot start; nothing is left then."""
-    config = with_overrides(configuration.load(args.config), args.host, args.port)
+    config = configuration.load(args.config)
+    gateway = with_overrides(config, args.host, args.port, args.gateways).gateway
     raw = RawOutput(run_file.folder() / f"{os.getpid()}.stderr")
     raw.divert()
     screen = Screen()
-    launch = Launch(config, screen, args.address)
+    # The fleet goes by the file, so that `headrace apply` of that file finds nothing to do.
+    launch = Launch(config, screen, args.address, gateway=gateway)
     try:
         uvloop.run(launch.run())
     finally:
@@ -54,8 +62,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def with_overrides(config: Config, host: str | None, port: int | None) -> Config:
+def with_overrides(
+    config: Config, host: str | None, port: int | None, processes: int | None = None
+) -> Config:
     """The configuration with the command line's address. Raises ConfigError for a port that cannot be."""
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given = {
+        name: value
+        for name, value in (("host", host), ("port", port), ("processes", processes))
+        if value is not None
+    }
     gateway = configuration.node(Gateway, {**config.gateway.model_dump(), **given}, at="gateway")
     return config.model_copy(update={"gateway": gateway})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -37,7 +37,14 @@ class ReplicaSpec:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     engine: Mapping[str, Any] = field(default_factory=dict)
+    kv_connector: str | None = None
+    kv_options: Mapping[str, Any] = field(default_factory=dict)
+    host_cache_gib: float | None = None
     simulated: SimulatedEngine | None = None  # None: vLLM
+    report_interval_s: float = 0.1  # longest silence between load reports
+    sleep_level: int | None = None  # of the engine's sleep mode; None: it never sleeps
+    accelerator: str | None = None  # kind of its GPUs; None: any
+    generation: int = 0  # a replica of an earlier one is to be replaced, even where nothing else differs
 
     @property
     def num_workers(self) -> int:
@@ -52,33 +59,56 @@ class ReplicaSpec:
 def expand(config: Config, num_cores: int, num_gpus: int) -> tuple[ReplicaSpec, ...]:
     """Every replica that `config` asks for on a cluster of that size. External models have none."""
     return tuple(
-        _spec(model, pool, number, num_gpus)
+        numbered(template(model, pool, num_gpus, config.fleet.report_interval_s), number)
         for model in config.models
         if model.backend != "external"
         for pool in model.pools
-        for number in range(_count(pool, num_cores))
+        for number in range(initial_count(pool, num_cores))
     )
 
 
-def _count(pool: Pool, num_cores: int) -> int:
+def initial_count(pool: Pool, num_cores: int) -> int:
+    """Replicas that a pool starts with on a cluster of that size."""
     if pool.replicas == "per_core":
         return max(1, min(num_cores, MAX_PER_CORE))
+    if pool.autoscale is not None and "replicas" not in pool.model_fields_set:
+        return pool.autoscale.min_replicas
     return pool.replicas
 
 
-def _spec(model: Model, pool: Pool, number: int, num_gpus: int) -> ReplicaSpec:
+def numbered(spec: ReplicaSpec, number: int) -> ReplicaSpec:
+    """The same as one of the pool's replicas: number 3 of it is `smollm2-unified-3`."""
+    return replace(spec, id=ReplicaId(f"{slug(spec.model)}-{spec.role.value}-{number}"))
+
+
+def number_of(replica_id: ReplicaId) -> int:
+    """The inverse of `numbered`. Raises ValueError for what is no id of ours."""
+    return int(replica_id.rpartition("-")[2])
+
+
+def template(model: Model, pool: Pool, num_gpus: int, report_interval_s: float) -> ReplicaSpec:
+    """What every replica of a pool is, but for its number."""
     is_simulated = model.backend == "simulated"
+    # One on `cuda` holds GPUs as a real one does, and leaves them alone.
+    on_gpus = pool.device == "cuda"
+    transfer = model.transfer
     return ReplicaSpec(
-        id=ReplicaId(f"{slug(model.name)}-{pool.role.value}-{number}"),
+        id=ReplicaId(f"{slug(model.name)}-{pool.role.value}"),
         model=model.name,
         source=model.source,
         role=pool.role,
-        device=Device.NONE if is_simulated else _device(pool, num_gpus),
+        device=Device.NONE if is_simulated and not on_gpus else _device(pool, num_gpus),
         cpus=0.0 if is_simulated else pool.cpus,
         tensor_parallel=pool.tensor_parallel,
         pipeline_parallel=pool.pipeline_parallel,
         engine=pool.engine,
+        kv_connector=None if transfer is None else transfer.connector,
+        kv_options={} if transfer is None else transfer.options,
+        host_cache_gib=pool.host_cache_gib,
         simulated=model.simulated if is_simulated else None,
+        report_interval_s=report_interval_s,
+        sleep_level=pool.autoscale.sleep_level if pool.autoscale and pool.autoscale.warm else None,
+        accelerator=pool.accelerator,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from headrace.fleet.quota_status import TenantRow
 from headrace_router.types import ReplicaId, ReplicaState, Role
 
 
@@ -20,6 +22,7 @@ class ReplicaPulse:
     waiting: int | None = None
     kv_use: float | None = None  # 0..1
     backlog_tokens: int | None = None
+    utilisation: float | None = None  # of its GPUs, or of its cores, 0..1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,47 @@ class ReplicaStatus:
     reason: str = ""  # why it is not ready
     last_failure: str = ""  # stays when it is ready again
     is_external: bool = False  # somebody else's server, probed only
+    phases_s: tuple[tuple[str, float], ...] = ()  # of its last start, or of its waking
+    waits_for_gpus: bool = False  # that tenants share; `reason` says why it has none
 
     @property
     def is_ready(self) -> bool:
         return self.state is ReplicaState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """One pool: how many replicas it should have."""
+
+    pool: str  # `model`, or `model/role`
+    model: str
+    role: Role
+    ready: int
+    target: int  # what the configuration or the autoscaler asks for
+    pin: int | None = None  # what a person asks for instead
+    least: int | None = None  # of an autoscaled pool
+    most: int | None = None
+    is_dry_run: bool = False
+    reason: str = ""  # of the target
+    needs: Mapping[str, float] = field(default_factory=dict)  # replicas that each input asks for
+    doubts: tuple[str, ...] = ()  # why the metrics were not believed
+    cold_start_s: float | None = None  # of the last starts the median
+
+    @property
+    def wanted(self) -> int:
+        return self.target if self.pin is None else self.pin
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutStatus:
+    """How far the last change to the fleet has come."""
+
+    id: str
+    what: str  # "apply", "restart of smollm2"
+    state: str  # rolling, done, stopped
+    replaced: int
+    total: int  # replicas that were to be replaced
+    reason: str = ""  # why it stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +102,11 @@ class FleetStatus:
     epoch: str
     version: int  # of the membership
     replicas: tuple[ReplicaStatus, ...]
+    pools: tuple[PoolStatus, ...] = ()
     is_surveyed: bool = True  # False in the first moments, when the controller does not know its cluster yet
+    gpus: tuple[TenantRow, ...] = ()  # of tenants that share some
+    rollout: RolloutStatus | None = None  # the last one
+    drain_timeout_s: float = 30.0  # as configured now
 
     @property
     def num_ready(self) -> int:

@@ -14,9 +14,14 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable
+
+KEEPS_ENVIRONMENT = "SPT_NOENV"
+"""Set beside a mark. vLLM's processes rename themselves, and setproctitle, where it is installed, writes the new name
+over the environment that /proc shows, the mark with it, unless this variable is set."""
 
 _PAUSE_S = 0.02
 _FIRST_LOOK_S = 1.0
@@ -25,6 +30,16 @@ _RARE_LOOK_S = 60.0
 _SHARED_MEMORY = "/dev/shm/"
 _SHARED_PREFIXES = ("psm_", "sem.mp-", "vllm_dist_")
 """Names that Python's multiprocessing and vLLM give to shared memory and semaphores, with a random part."""
+
+
+def post(mark: str) -> subprocess.Popen[bytes]:
+    """Start a warden over this process, outside its session: no signal to our process group reaches it. It must not
+    carry `mark` itself, so call this before the mark is set. Kill it where it is no longer needed."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def marked(mark: str) -> list[int]:

@@ -32,12 +32,15 @@ class AccessLog:
         status: int,
         error: str | None,
         replica: str | None,
+        prefill: str | None = None,
         tries: int,
         duration_s: float,
         ttft_s: float | None,
         usage: Usage | None,
+        tenant: str | None = None,
+        waited_s: float | None = None,
     ) -> None:
-        """Add one line."""
+        """Add one line. `tenant` and `waited_s` of a request that had to wait in the gateway."""
         line = _encode(
             {
                 "time": round(time.time(), 3),
@@ -47,9 +50,12 @@ class AccessLog:
                 "status": status,
                 "error": error,
                 "replica": replica,
+                "prefill": prefill,
                 "tries": tries,
                 "duration_ms": round(duration_s * 1000, 2),
                 "ttft_ms": None if ttft_s is None else round(ttft_s * 1000, 2),
+                "tenant": tenant,
+                "queue_ms": None if waited_s is None else round(waited_s * 1000, 2),
                 "prompt_tokens": usage.prompt_tokens if usage else None,
                 "cached_tokens": usage.cached_tokens if usage else None,
                 "completion_tokens": usage.completion_tokens if usage else None,

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from headrace.errors import HeadraceError, MethodNotAllowed, NotFound
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.prefix_metrics import PrefixMetrics
+from headrace.gateway.queue_measures import QueueCollector
+from headrace.gateway.timed_router import DecisionMetrics
 
 
-def build_app(context: GatewayContext) -> FastAPI:
-    """The FastAPI app of one gateway."""
-    app = FastAPI(title="Headrace", openapi_url=None, docs_url=None, redoc_url=None)
+class Group(Protocol):
+    """The gateway processes that share this one's port."""
+
+    async def metrics(self) -> bytes:
+        """Of all of them, in Prometheus's text."""
+
+    async def decisions(self, last: int) -> list[dict[str, Any]]:
+        """The last ones of all of them, newest first."""
+
+
+def make_registry(context: GatewayContext, collectors: Iterable[Collector] = ()) -> CollectorRegistry:
+    """Everything that this process measures; `collectors`: what /metrics shows besides the gateway's own."""
     registry = CollectorRegistry()
-    registry.register(context.metrics)
-    if context.prefixes is not None:
-        from headrace.gateway.prefix_metrics import PrefixMetrics
+    own = (
+        context.metrics,
+        DecisionMetrics(context.router),
+        PrefixMetrics(context),
+        QueueCollector(context.admission),
+    )
+    for collector in (*own, *collectors):
+        registry.register(collector)
+    return registry
 
-        registry.register(PrefixMetrics(context.prefixes))
+
+def build_app(
+    context: GatewayContext, registry: CollectorRegistry | None = None, group: Group | None = None
+) -> FastAPI:
+    """The FastAPI app of one gateway. Where it is one of a `group`, any of them speaks for all."""
+    app = FastAPI(title="Headrace", openapi_url=None, docs_url=None, redoc_url=None)
+    registry = registry or make_registry(context)
     started = int(time.time())
 
     @app.middleware("http")
@@ -43,26 +68,30 @@ def build_app(context: GatewayContext) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 when every model has a replica that takes requests and the gateway is not draining."""
-        router = context.router
+        """200 when every model has a replica that takes requests, or one that comes when it is asked for and whose
+        requests wait here, and the gateway is not draining: a fleet that sleeps at zero is not out of order."""
+        router, coming = context.router, context.membership.coming
         models = {model: len(router.eligible(model)) for model in router.models()}
-        is_ready = bool(models) and all(models.values()) and not context.draining
-        return JSONResponse({"ready": is_ready, "replicas": models}, status_code=200 if is_ready else 503)
+        is_ready = bool(models) and not context.draining
+        is_ready &= all(count or model in coming for model, count in models.items())
+        body = {"ready": is_ready, "replicas": models, "coming": list(coming)}
+        return JSONResponse(body, status_code=200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        text = generate_latest(registry) if group is None else await group.metrics()
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [_card(context, model, started) for model in _ready_models(context)],
+            "data": [_card(context, model, started) for model in _served_models(context)],
         }
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        if model not in _ready_models(context):
+        if model not in _served_models(context):
             if not model:
                 return await models()
             raise HTTPException(404, openai.unknown_model(model, context.router.models()))
@@ -73,7 +102,8 @@ def build_app(context: GatewayContext) -> FastAPI:
         """What `headrace explain` shows; only for this machine, since it names replicas and their loads."""
         if request.client is None or not ip_address(request.client.host).is_loopback:
             raise HTTPException(404)
-        return {"policy": context.router.policy.name, "decisions": context.decisions.latest(last)}
+        latest = context.decisions.latest(last) if group is None else await group.decisions(last)
+        return {"policy": context.router.policy.name, "decisions": latest}
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -98,8 +128,10 @@ def build_app(context: GatewayContext) -> FastAPI:
     return app
 
 
-def _ready_models(context: GatewayContext) -> list[str]:
-    return [model for model in context.router.models() if context.router.eligible(model)]
+def _served_models(context: GatewayContext) -> list[str]:
+    """Those that have a replica, or get one when they are asked for."""
+    router, coming = context.router, context.membership.coming
+    return [model for model in router.models() if router.eligible(model) or model in coming]
 
 
 def _card(context: GatewayContext, model: str, started: int) -> dict[str, Any]:

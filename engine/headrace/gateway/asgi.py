@@ -32,11 +32,10 @@ class RelayApp:
         self._context = context
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or scope["method"] != "POST"
-            or scope["path"].encode() not in openai.INFERENCE_PATHS
-        ):
+        target = b""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            target = _path_within(scope).encode()
+        if target not in openai.INFERENCE_PATHS:
             await self._app(scope, receive, send)
             return
         client = AsgiClient(send)
@@ -52,10 +51,10 @@ class RelayApp:
             return
         if body is None:  # the client left before its request was whole
             return
-        target = scope["path"].encode()
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
-        head = read_head((name.lower(), value) for name, value in scope["headers"])
+        headers = ((name.lower(), value) for name, value in scope["headers"])
+        head = read_head(headers, self._context.header_meanings)
         exchange = client.exchange = Exchange(self._context, client, target, head, body)
         exchange.start()
         watcher = self._context.loop.create_task(_watch(receive, exchange, client))
@@ -79,6 +78,13 @@ class RelayApp:
                 raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _path_within(scope: MutableMapping[str, Any]) -> str:
+    """The path without where the app is mounted: servers that know both put `root_path` at the beginning of `path`."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 async def _watch(receive: Receive, exchange: Exchange, client: AsgiClient) -> None:

@@ -115,7 +115,6 @@ class LoadFeed:
 
     def drain(self) -> None:
         """Take in every report that has arrived. The socket's descriptor is edge-triggered: stop only when empty."""
-        router = self._context.router
         now_s = monotonic()
         while True:
             try:
@@ -126,6 +125,6 @@ class LoadFeed:
                 log.warning("load feed: %s", error)
                 return
             try:
-                router.report(decode_report(message), now_s)
+                self._context.report(decode_report(message), now_s)
             except ValueError as error:
                 log.warning("unreadable load report: %s", error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 Header = tuple[bytes, bytes]
 
 # Never forwarded as they are: they describe one connection (RFC 9110, 7.6.1), or are written anew for the replica.
-_FORWARD, _DROP, _AUTHORIZATION, _REQUEST_ID, _LENGTH, _TYPE, _EXPECT, _EXPLAIN = range(8)
+_FORWARD, _DROP, _AUTHORIZATION, _REQUEST_ID, _LENGTH, _TYPE, _EXPECT, _EXPLAIN, _TENANT, _TIMEOUT = range(10)
 _MEANINGS = {
     **dict.fromkeys(
         b"host connection keep-alive proxy-connection proxy-authorization te trailer transfer-encoding upgrade "
@@ -21,7 +21,10 @@ _MEANINGS = {
     b"content-type": _TYPE,
     b"expect": _EXPECT,
     b"x-headrace-explain": _EXPLAIN,
+    b"x-stainless-read-timeout": _TIMEOUT,  # OpenAI's and Anthropic's clients tell their own, in seconds
 }
+OWN_NAMES = frozenset(name.decode() for name, meaning in _MEANINGS.items() if meaning != _TIMEOUT)
+"""Header names with a meaning of their own."""
 
 
 class RequestHead(NamedTuple):
@@ -34,15 +37,27 @@ class RequestHead(NamedTuple):
     is_form: bool  # multipart, as audio comes
     expects_continue: bool
     explain: bool  # the client wants to see the decision in the answer's headers
+    tenant: bytes | None  # as the client gave it, unchecked
+    timeouts: tuple[bytes, ...]  # seconds that the client will wait, as it gave them, unchecked
 
 
-def read_head(headers: Iterable[Header]) -> RequestHead:
+def meanings(tenant_header: str, timeout_header: str) -> Mapping[bytes, int]:
+    """What `read_head` makes of header names, with two that are configured."""
+    return {
+        **_MEANINGS,
+        timeout_header.lower().encode(): _TIMEOUT,
+        tenant_header.lower().encode(): _TENANT,
+    }
+
+
+def read_head(headers: Iterable[Header], known: Mapping[bytes, int] = _MEANINGS) -> RequestHead:
     """Sort the headers of a request. Names are lower case; the parser has checked their form."""
     fields: list[bytes] = []
-    authorization = request_id = content_length = None
+    authorization = request_id = content_length = tenant = None
+    timeouts: tuple[bytes, ...] = ()
     is_form = expects_continue = explain = False
     for name, value in headers:
-        meaning = _MEANINGS.get(name, _FORWARD)
+        meaning = known.get(name, _FORWARD)
         if meaning == _FORWARD:
             fields += (name, b": ", value, b"\r\n")
         elif meaning == _TYPE:
@@ -58,6 +73,20 @@ def read_head(headers: Iterable[Header]) -> RequestHead:
             expects_continue = value.lower() == b"100-continue"
         elif meaning == _EXPLAIN:
             explain = value not in (b"0", b"false")
+        elif meaning == _TENANT:
+            fields += (name, b": ", value, b"\r\n")
+            tenant = value
+        elif meaning == _TIMEOUT:
+            fields += (name, b": ", value, b"\r\n")
+            timeouts += (value,)
     return RequestHead(
-        b"".join(fields), authorization, request_id, content_length, is_form, expects_continue, explain
+        b"".join(fields),
+        authorization,
+        request_id,
+        content_length,
+        is_form,
+        expects_continue,
+        explain,
+        tenant,
+        timeouts,
     )

@@ -30,7 +30,9 @@ MAX_REPLAYS = 4
 class KvFeed:
     """Of one gateway. One event loop owns it: `start`, `follow` as often as membership changes, `stop`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sink: EventSink) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sink: EventSink, drain_s: float = DRAIN_S) -> None:
+        """`drain_s`: work after which others get their turn on the loop."""
+        self._drain_s = drain_s
         self.counts = KvFeedCounts()
         self._loop = loop
         self._sink = sink
@@ -62,10 +64,10 @@ class KvFeed:
             if replica.endpoints.kv_events is not None
         }
         for key in self._streams.keys() - wanted.keys():
-            self._drop(self._streams.pop(key))
+            self._streams.pop(key).close()
         for key in wanted.keys() - self._streams.keys():
             try:
-                stream = KvStream(self._zmq, wanted[key], self._sink, self.counts)
+                stream = KvStream(self._zmq, wanted[key], self._sink, self.counts, self._unwatch)
             except zmq.ZMQError as error:
                 log.warning("no KV events of replica %s: %s", key[0], error)
                 continue
@@ -76,7 +78,7 @@ class KvFeed:
     def stop(self) -> None:
         """Close everything. Safe twice."""
         for stream in self._streams.values():
-            self._drop(stream)
+            stream.close()
         self._streams.clear()
         self._ready.clear()
         self._zmq.term()
@@ -85,9 +87,7 @@ class KvFeed:
         """Called a few times a second: overdue replays, and messages whose announcement was missed."""
         now_s = monotonic()
         for stream in self._streams.values():
-            replay = stream.replay
             stream.tick(now_s)
-            self._unwatch_if_ended(stream, replay)
         self._begin_replays()
         self._ready = list(self._streams.values())
         self._drain()
@@ -95,23 +95,13 @@ class KvFeed:
     # --- readiness
 
     def _watch(self, socket: zmq.Socket[bytes], stream: KvStream) -> None:
-        # The descriptor is kept: a closed socket cannot tell it any more.
         descriptor = self._readers[socket] = int(socket.fileno())
         self._loop.add_reader(descriptor, self._wake, stream)
 
-    def _unwatch(self, socket: zmq.Socket[bytes] | None) -> None:
-        descriptor = None if socket is None else self._readers.pop(socket, None)
+    def _unwatch(self, socket: zmq.Socket[bytes]) -> None:
+        descriptor = self._readers.pop(socket, None)
         if descriptor is not None:
             self._loop.remove_reader(descriptor)
-
-    def _drop(self, stream: KvStream) -> None:
-        self._unwatch(stream.live)
-        self._unwatch(stream.replay)
-        stream.close()
-
-    def _unwatch_if_ended(self, stream: KvStream, replay: zmq.Socket[bytes] | None) -> None:
-        if replay is not None and stream.replay is not replay:
-            self._unwatch(replay)
 
     def _wake(self, stream: KvStream) -> None:
         """A descriptor is edge-triggered: once ready, a stream is read until it is empty."""
@@ -128,7 +118,7 @@ class KvFeed:
             replay = stream.replay
             if stream.key in self._streams and (stream.receive_replay(now_s) or stream.receive_live()):
                 now_s = monotonic()
-                if now_s - started_s >= DRAIN_S:
+                if now_s - started_s >= self._drain_s:
                     self._ready.append(self._ready.pop(0))  # the next turn begins with another
                     self._scheduled = True
                     self._loop.call_soon(self._drain)
@@ -136,8 +126,7 @@ class KvFeed:
             elif replay is None or stream.replay is not None:
                 self._ready.pop(0)
             # Else its replay has just ended: it stays, to be looked at once more for what came live.
-            self._unwatch_if_ended(stream, replay)
-        self.counts.longest_drain_s = max(self.counts.longest_drain_s, monotonic() - started_s)
+        self.counts.drains += 1
         self._begin_replays()
 
     def _begin_replays(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,16 +65,24 @@ class KvFeedCounts:
     replayed: int = 0  # batches that replays brought
     given_up: int = 0  # gaps that no replay could close
     lag_s: float = 0.0  # age of the newest live batch when it was read
-    longest_drain_s: float = 0.0
+    drains: int = 0  # turns taken on the event loop
 
 
 class KvStream:
     """Sockets of one replica's boot. Nothing blocks; the feed calls."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], replica: Replica, sink: EventSink, counts: KvFeedCounts
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        replica: Replica,
+        sink: EventSink,
+        counts: KvFeedCounts,
+        before_close: Callable[[zmq.Socket[bytes]], None],
     ) -> None:
+        """`before_close` is told each socket while its descriptor still is its own: libuv ends the whole process
+        when it finds one closed that it was to watch."""
         assert replica.endpoints.kv_events is not None
+        self._before_close = before_close
         self.key: tuple[ReplicaId, BootId] = (replica.id, replica.boot_id)
         self._context = context
         self._sink = sink
@@ -93,7 +102,7 @@ class KvStream:
         self._attempts = 0
         self._asked_from = 0
         self._forgives_gap = False
-        self._brought_any = False
+        self._due: int | None = None  # the next that a replay should bring, None before its first
         self._deadline_s = 0.0
         self._next = 0  # sequence number after the highest that came
         self._heard = True  # something since the last tick
@@ -111,6 +120,7 @@ class KvStream:
 
     def close(self) -> None:
         """Both sockets. Safe twice."""
+        self._before_close(self.live)
         self.live.close(0)
         self._end_replay_socket()
 
@@ -177,7 +187,7 @@ class KvStream:
         replay.send_multipart((b"", self.missing_from.to_bytes(SEQUENCE_BYTES, "big")), zmq.NOBLOCK)
         self.replay = replay
         self._asked_from, self.missing_from = self.missing_from, None
-        self._brought_any = False
+        self._due = None
         self._attempts += 1
         self._counts.replays += 1
         self._deadline_s = now_s + REPLAY_TIMEOUT_S
@@ -198,11 +208,17 @@ class KvStream:
         if frames[2] == END_OF_REPLAY:
             self._end_replay()
             return False
+        sequence = int.from_bytes(frames[2], "big")
+        due, self._due = self._due, sequence + 1
+        if due is not None and sequence > due:
+            # The engine's socket drops what we do not take in time. Asked again from there at once: of what comes
+            # behind a gap only so much may wait before the index gives the replica up.
+            self._end_replay_socket()
+            self.missing_from, self._attempts = due, 0
+            return False
         self._counts.replayed += 1
-        first = not self._brought_any
-        self._brought_any = True
         gap = self._apply(frames[1:], live=False)
-        if first and gap is not None and int.from_bytes(frames[2], "big") > self._asked_from:
+        if due is None and gap is not None and sequence > self._asked_from:
             self._give_up()  # the engine's buffer begins here: what came before is gone
         return True
 
@@ -242,4 +258,5 @@ class KvStream:
     def _end_replay_socket(self) -> None:
         replay, self.replay = self.replay, None
         if replay is not None:
+            self._before_close(replay)
             replay.close(0)

@@ -52,6 +52,7 @@ class Parsed(msgspec.Struct, gc=False):
     user: object = None
     max_tokens: object = None
     max_completion_tokens: object = None
+    priority: object = None
 
 
 class Usage(NamedTuple):

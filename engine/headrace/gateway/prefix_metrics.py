@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace.gateway.prefixes import Prefixes
+from headrace.gateway.context import GatewayContext
+
+if TYPE_CHECKING:
+    from headrace.gateway.prefixes import Prefixes
 
 
 class PrefixMetrics(Collector):
-    """Of one gateway."""
+    """Of one gateway; nothing while its policy does not ask for prefixes."""
 
-    def __init__(self, prefixes: Prefixes) -> None:
-        self._prefixes = prefixes
+    def __init__(self, context: GatewayContext) -> None:
+        self._context = context
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus-client at each scrape."""
-        yield from self._collect_prompts()
-        yield from self._collect_index()
+        if (prefixes := self._context.prefixes) is not None:
+            yield from self._collect_prompts(prefixes)
+            yield from self._collect_index(prefixes)
 
-    def _collect_prompts(self) -> Iterator[Metric]:
+    def _collect_prompts(self, prefixes: Prefixes) -> Iterator[Metric]:
         read = CounterMetricFamily(
             "headrace_prompts",
             "Prompts by what they were known by, and why.",
@@ -38,7 +43,7 @@ class PrefixMetrics(Collector):
         trusted = GaugeMetricFamily(
             "headrace_tokens_trusted", "1 while our prompt lengths are the engine's.", labels=("model",)
         )
-        for model, known in self._prefixes.prompts.models().items():
+        for model, known in prefixes.prompts.models().items():
             for (how, reason), count in known.read.items():
                 read.add_metric((model, how.value, reason), count)
             for how, tokens in known.check.predicted_tokens.items():
@@ -49,8 +54,8 @@ class PrefixMetrics(Collector):
             trusted.add_metric((model,), int(known.check.trusted))
         yield from (read, hits, checked, trusted)
 
-    def _collect_index(self) -> Iterator[Metric]:
-        index, feed = self._prefixes.index, self._prefixes.feed
+    def _collect_index(self, prefixes: Prefixes) -> Iterator[Metric]:
+        index, feed = prefixes.index, prefixes.feed
         yield GaugeMetricFamily("headrace_index_blocks", "Blocks known to be cached.", index.num_blocks)
         yield GaugeMetricFamily("headrace_index_bytes", "Memory of the prefix index.", index.memory_bytes)
         yield GaugeMetricFamily(

@@ -66,6 +66,16 @@ class Prefixes:
             if model not in self._loading and source is not None:
                 self._loading[model] = self._loop.create_task(self._load(model, source))
 
+    def take_tokenizers(self, tokenizers: Mapping[str, TokenizerSource]) -> None:
+        """Where the tokenizers are now; those that are elsewhere than before are loaded anew."""
+        before, self._tokenizers = self._tokenizers, tokenizers
+        for model in list(self._loading):
+            source = tokenizers.get(model) or tokenizers.get("*")
+            if source != (before.get(model) or before.get("*")):
+                self._loading.pop(model).cancel()
+                if source is not None:
+                    self._loading[model] = self._loop.create_task(self._load(model, source))
+
     async def _load(self, model: str, source: TokenizerSource) -> None:
         """Until this is done, and when it fails, the model's prompts are known by their text."""
         known = self.prompts.of(model)

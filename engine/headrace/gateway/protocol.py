@@ -45,9 +45,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self._context = context
         self._live = connections
-        limits, timeouts = context.config.limits, context.timeouts
-        self._max_head_bytes, self._max_body_bytes = limits.head_bytes, limits.body_bytes
-        self._head_s, self._body_s, self._idle_s = timeouts.head_s, timeouts.body_s, timeouts.keep_alive_s
+        self.take_limits()
         self._exchange: Exchange | None = None
         self._relayed = False  # the message being received goes to an exchange
         self._deaf = False  # nothing more is taken from this connection
@@ -61,6 +59,12 @@ class GatewayProtocol(HttpToolsProtocol):
         self._chunked = False
         self._out: list[bytes] = []
         self.deadline_s = monotonic() + context.config.timeouts.keep_alive_s
+
+    def take_limits(self) -> None:
+        """From the gateway's settings as they are now."""
+        limits, timeouts = self._context.config.limits, self._context.timeouts
+        self._max_head_bytes, self._max_body_bytes = limits.head_bytes, limits.body_bytes
+        self._head_s, self._body_s, self._idle_s = timeouts.head_s, timeouts.body_s, timeouts.keep_alive_s
 
     # --- asyncio.Protocol
 
@@ -191,7 +195,7 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _read_head(self) -> None:
-        head = self._head = read_head(self.headers)
+        head = self._head = read_head(self.headers, self._context.header_meanings)
         limit = self._max_body_bytes
         if head.content_length is not None and head.content_length > limit:
             raise BodyTooLarge(f"the body is {head.content_length} bytes, over the limit of {limit}")

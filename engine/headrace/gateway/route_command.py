@@ -12,6 +12,7 @@ import uvloop
 
 from headrace.config import Gateway, node
 from headrace.errors import ConfigError
+from headrace.gateway.group import GatewayGroup
 from headrace.gateway.server import GatewayServer
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.policies import POLICIES
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that running requests get; default 30",
     )
+    parser.add_argument(
+        "--gateways", type=int, default=1, metavar="N", help="processes that share the port; default 1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the policies that draw lots; default 0")
 
 
@@ -74,20 +78,22 @@ def run(args: argparse.Namespace) -> int:
             "policy": args.policy,
             "access_log": not args.no_access_log,
             "seed": args.seed,
+            "processes": args.gateways,
         },
         at="gateway",
     )
     if args.tokenizer is not None and not Path(args.tokenizer, "tokenizer.json").is_file():
         raise ConfigError(f"--tokenizer {args.tokenizer}: no tokenizer.json there; give the model's folder")
-    server = GatewayServer(
-        config, source, tokenizers={} if args.tokenizer is None else {"*": (args.tokenizer, {})}
-    )
+    kind = GatewayServer if config.processes == 1 else GatewayGroup
+    server = kind(config, source, tokenizers={} if args.tokenizer is None else {"*": (args.tokenizer, {})})
     host, port = server.bind()
     uvloop.run(_serve(server, source, host, port, args.drain_timeout))
     return 0
 
 
-async def _serve(server: GatewayServer, source: StaticFleet, host: str, port: int, drain_s: float) -> None:
+async def _serve(
+    server: GatewayServer | GatewayGroup, source: StaticFleet, host: str, port: int, drain_s: float
+) -> None:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):

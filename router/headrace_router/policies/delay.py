@@ -30,7 +30,11 @@ from headrace_router.view import Decision, Hits, View
 MOST_RUNNING = 12.0  # as so many those that run count at most, however many they are
 TIE = 1.02
 TIE_S = 1e-4
-"""Costs this close are equal: learned rates differ by noise, which must not send every new prompt to one replica."""
+"""Costs this close are equal: the longest prefix among them wins."""
+ALIKE = 1.1
+"""Costs this close are equal between replicas that hold as much of the prompt: they take turns. Equal replicas learn
+paces that differ by 6% (`headrace_bench.real_policies`, two cores of one machine); were the quicker always taken, every
+conversation would begin there, and stay."""
 
 ONLY = "the only one"
 HIT = "longest prefix"
@@ -39,7 +43,7 @@ LOAD = "least delay"
 
 
 class Delay:
-    """Least predicted delay; among equals the longest prefix, then each in turn."""
+    """Least predicted delay; among equals the longest prefix, then those alike in turn."""
 
     name = "delay"
     reads_prefixes = True
@@ -71,11 +75,13 @@ class Delay:
         loads = view.loads
         least = min(costs)
         bound = least * TIE + TIE_S
-        near = [index for index, cost in enumerate(costs) if cost <= bound]
+        alike = least * ALIKE + TIE_S
+        if hits is None:
+            near = [index for index, cost in enumerate(costs) if cost <= alike]
+        else:
+            longest = max([hit for hit, cost in zip(hits, costs, strict=True) if cost <= bound])
+            near = [index for index, cost in enumerate(costs) if cost <= alike and hits[index] == longest]
         if len(near) > 1:
-            if hits is not None:
-                longest = max([hits[index] for index in near])
-                near = [index for index in near if hits[index] == longest]
             self._turn += 1
             at = near[self._turn % len(near)]
         else:
@@ -108,11 +114,12 @@ class Delay:
             if view.hits.slow_tokens is not None:
                 uncached = uncached + SLOW_TIER * view.hits.slow_tokens[slots]
             costs = wait_s + price_s * uncached
-        near = np.flatnonzero(costs <= float(costs.min()) * TIE + TIE_S)
+        least = float(costs.min())
+        near = np.flatnonzero(costs <= least * ALIKE + TIE_S)
         if near.size > 1:
             if hits is not None and longest:
-                tied = hits[near]
-                near = near[tied == tied.max()]
+                held = hits[near]
+                near = near[held == held[costs[near] <= least * TIE + TIE_S].max()]
             self._turn += 1
             at = int(near[self._turn % near.size])
         else:
