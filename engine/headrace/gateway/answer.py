@@ -1,20 +1,25 @@
 """The answer of one exchange, on its way from the replica to the client.
 
-It is the receiver of the upstream connection. What concerns the request (another try, failure, the end) it asks of
-its `Errand`; what concerns bytes it does itself: the head once, whole events, pauses, and what is measured of them.
+It reaches the replica and receives what comes back. What concerns the request (its bytes, another try, failure, the
+end) it asks of its `Errand`; what concerns the answer's bytes it does itself: the head once, whole events, and what is
+measured of them.
 """
 
 from __future__ import annotations
 
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from headrace.errors import HeadraceError, NotFound
-from headrace.gateway import openai
+from headrace.errors import NotFound
+from headrace.gateway import openai, reach
 from headrace.gateway.client import Client
 from headrace.gateway.http_response import ResponseHead
 from headrace.gateway.metrics import ModelMeasures
 from headrace.gateway.sse import EventRelay
+from headrace.gateway.upstream import Target
+
+if TYPE_CHECKING:
+    from headrace.gateway.context import GatewayContext
 
 # Answers that say the replica, not the request, is at fault; worth another replica while nothing was relayed.
 ILL_STATUSES = frozenset({502, 503})
@@ -23,19 +28,22 @@ _NO_SUCH_ROUTE = b'{"detail":"Not Found"}'
 _TAIL_BYTES = 8192
 
 
-class Errand(Protocol):
+class Errand(reach.Errand, Protocol):
     """The exchange, as its answer knows it."""
 
     model: str | None
     done: bool
     hide_usage: bool  # the client did not ask for the usage that the replica was asked for
     paused: bool  # the client does not keep up
-    deadline_s: float
     started_s: float
     measures: ModelMeasures
 
     @property
     def path(self) -> bytes: ...
+
+    def request_to(self, target: Target) -> bytes:
+        """The client's HTTP request, for the replica that answers."""
+        ...
 
     def try_elsewhere(self) -> bool:
         """Move to another replica; False, changing nothing, when there is none."""
@@ -51,14 +59,15 @@ class Errand(Protocol):
 
     def answer_complete(self) -> None: ...
 
-    def answer_lost(self, reason: str) -> None: ...
+    def answer_lost(self, reason: str, *, suspend: bool = False) -> None:
+        """The replica failed before the answer or within it, or (`suspend`) takes no connections."""
+        ...
 
-    def fail(self, error: HeadraceError) -> None: ...
 
+class Answer(reach.Reach):
+    """`status` is 0 until the head has been relayed."""
 
-class Answer:
-    """upstream.Receiver. `status` is 0 until the head has been relayed."""
-
+    _errand: Errand
     status = 0
     events: EventRelay | None = None  # of a stream
     first_byte_s = 0.0
@@ -66,10 +75,11 @@ class Answer:
     _held_head: ResponseHead | None = None
     _tail = b""
 
-    def __init__(self, errand: Errand, client: Client, idle_s: float) -> None:
+    def __init__(self, errand: Errand, context: GatewayContext, client: Client) -> None:
         self._errand = errand
+        self._context = context
         self._client = client
-        self._idle_s = idle_s
+        self._idle_s = context.idle_s
 
     @property
     def usage(self) -> openai.Usage | None:
@@ -135,6 +145,7 @@ class Answer:
         self._client.send_chunk(framed, start)
 
     def upstream_complete(self) -> None:
+        self._connection = None
         if self.events is not None:
             rest = self.events.rest()
             if rest:
@@ -147,5 +158,14 @@ class Answer:
                 self._errand.deadline_s = self._last_byte_s + self._idle_s
             self._client.flush()
 
-    def upstream_lost(self, reason: str) -> None:
-        self._errand.answer_lost(reason)
+    # --- Reach
+
+    @property
+    def _has_begun(self) -> bool:
+        return self.status != 0
+
+    def _request(self, target: Target) -> bytes:
+        return self._errand.request_to(target)
+
+    def _lost(self, reason: str, *, suspend: bool = False) -> None:
+        self._errand.answer_lost(reason, suspend=suspend)

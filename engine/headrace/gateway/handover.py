@@ -13,7 +13,6 @@ replica has not begun its answer.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
@@ -23,8 +22,9 @@ import msgspec
 from headrace.backends.front_door import RELEASE_PATH
 from headrace.backends.kv_connectors import HAND_OVER
 from headrace.errors import BadRequest
+from headrace.gateway import reach
 from headrace.gateway.http_response import ResponseHead
-from headrace.gateway.upstream import Target, UpstreamConnection
+from headrace.gateway.upstream import Target
 from headrace_router.router import Handover
 from headrace_router.types import ReplicaId
 
@@ -120,10 +120,12 @@ def second_half(body: bytes, params: bytes) -> bytes:
     return b'{"kv_transfer_params":%b,%b' % (params, body[body.index(b"{") + 1 :])
 
 
-class Errand(Protocol):
+class Errand(reach.Errand, Protocol):
     """The exchange, as the first half of its request knows it."""
 
-    deadline_s: float
+    def request_to(self, target: Target, body: bytes, request_id: bytes) -> bytes:
+        """The client's HTTP request with another body, under another name."""
+        ...
 
     def prefilled(self) -> None:
         """The prompt is computed; the second half may go out."""
@@ -138,73 +140,58 @@ class Errand(Protocol):
         ...
 
 
-class FirstHalf:
-    """upstream.Receiver of the prefilling replica's answer. `stop` is the one way out and safe twice."""
+class FirstHalf(reach.Reach):
+    """The prefilling replica's answer. `stop` is the one way out and safe twice."""
 
+    _errand: Errand
     is_done = False  # the prompt is computed
     is_taken = False  # the decoding replica has begun to answer: it has the blocks
     params = b""  # kv_transfer_params for the second half
     _head: ResponseHead | None = None
     _body = b""
-    _connection: UpstreamConnection | None = None
-    _connecting: asyncio.Task[None] | None = None
     _stopped = False
 
-    def __init__(self, errand: Errand, context: GatewayContext, handover: Handover, reason: str) -> None:
+    def __init__(
+        self,
+        errand: Errand,
+        context: GatewayContext,
+        handover: Handover,
+        reason: str,
+        *,
+        body: bytes,
+        request_id: bytes,
+    ) -> None:
+        """`body` is cut already, see `first_half`."""
         self._errand = errand
         self._context = context
         self.handover = handover
         self.booking = handover.booking
         self.reason = reason
         self.outcome = "abandoned"
-        self._request = b""
-
-    @property
-    def is_connecting(self) -> bool:
-        return self._connecting is not None
-
-    def start(self, target: Target, request: bytes) -> None:
-        """Send `request`, a whole HTTP request."""
-        self._request = request
-        connection = self._context.pool.take(target)
-        if connection is not None:
-            self._send(connection)
-        else:
-            self._connect(target)
+        self._asked = body
+        self._request_id = request_id
 
     def stop(self) -> None:
         """Let go of all that is held: connection, booking, and blocks that nobody has fetched."""
         if self._stopped:
             return
         self._stopped = True
-        if self._connecting is not None:
-            self._connecting.cancel()
-            self._connecting = None
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            connection.abort()
+        self.let_go()
         self._context.release(self.booking, monotonic())
         if self.params and not self.is_taken:
             release(self._context, self.booking.replica.id, self.params)
 
-    def _connect(self, target: Target) -> None:
-        self._errand.deadline_s = monotonic() + self._context.timeouts.connect_s
-        self._connecting = self._context.loop.create_task(self._open(target))
+    # --- Reach
 
-    async def _open(self, target: Target) -> None:
-        try:
-            connection = await self._context.pool.connect(target)
-        except OSError as error:
-            self._connecting = None
-            self._errand.prefill_failed(f"cannot connect: {error.strerror or error}", suspend=True)
-            return
-        self._connecting = None
-        self._send(connection)
+    @property
+    def _has_begun(self) -> bool:
+        return self._head is not None
 
-    def _send(self, connection: UpstreamConnection) -> None:
-        self._connection = connection
-        self._errand.deadline_s = monotonic() + self._context.timeouts.first_byte_s
-        connection.send(self, self._request)
+    def _request(self, target: Target) -> bytes:
+        return self._errand.request_to(target, self._asked, self._request_id)
+
+    def _lost(self, reason: str, *, suspend: bool = False) -> None:
+        self._errand.prefill_failed(reason, suspend=suspend)
 
     # --- upstream.Receiver
 
@@ -238,7 +225,7 @@ class FirstHalf:
         except msgspec.DecodeError as error:
             self._errand.prefill_failed(f"its answer cannot be read: {error}")
             return
-        self._body = self._request = b""
+        self._body = self._asked = b""
         # Without them the engine kept nothing: whoever decodes computes the prompt again.
         self.params = b"" if params == b"null" else params
         self.is_done = True
@@ -246,15 +233,6 @@ class FirstHalf:
         self._context.answered(self.booking, now_s)
         self._context.release(self.booking, now_s)
         self._errand.prefilled()
-
-    def upstream_lost(self, reason: str) -> None:
-        reused = self._connection is not None and self._connection.exchanges > 0
-        self._connection = None
-        target = self._context.targets.get(self.booking.replica.id)
-        if reused and self._head is None and target is not None and not self._stopped:
-            self._connect(target)  # a kept-alive connection that the replica closed as we wrote
-            return
-        self._errand.prefill_failed(reason)
 
 
 class _Ignored:

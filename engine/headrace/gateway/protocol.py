@@ -19,11 +19,11 @@ from uvicorn.config import Config as UvicornConfig
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from headrace.errors import BadRequest, BodyTooLarge, HeadraceError, HeadTooLarge
+from headrace.errors import BadRequest, BodyTooLarge, HeadraceError, HeadTooLarge, RequestTimeout
 from headrace.gateway import openai
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.http_request import RequestHead, read_head
-from headrace.gateway.relay import Exchange, client_timeout
+from headrace.gateway.relay import Exchange
 
 # How long a connection that was answered early (body too large, say) may go on sending before it is cut. Closing at
 # once would reset it, and the client would lose the answer that tells it why.
@@ -291,9 +291,9 @@ class GatewayProtocol(HttpToolsProtocol):
         elif not self._receiving:
             self.transport.close()
         elif self._head_bytes >= 0:
-            self._refuse(client_timeout("request head", self._head_s))
+            self._refuse(_timeout("request head", self._head_s))
         elif self._relayed:
-            self._refuse(client_timeout("request body", self._body_s))
+            self._refuse(_timeout("request body", self._body_s))
         else:
             self.transport.abort()
 
@@ -328,6 +328,10 @@ class GatewayProtocol(HttpToolsProtocol):
             self.deadline_s = monotonic() + LINGER_S
         else:
             self.transport.close()
+
+
+def _timeout(what: str, limit_s: float) -> RequestTimeout:
+    return RequestTimeout(f"the {what} did not arrive within {limit_s:g} s")
 
 
 def protocol_factory(
