@@ -71,6 +71,15 @@ class Front:
             while len(self.group.process_ids) < count:
                 await asyncio.sleep(0.01)
 
+    async def kill_one(self) -> None:
+        """Returns once the group knows of it, and its successor serves."""
+        victim, count = self.group.process_ids[0], len(self.group.process_ids)
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while victim in self.group.process_ids:
+                await asyncio.sleep(0.01)
+        await self.all_serving(count)
+
 
 @asynccontextmanager
 async def open_group(
@@ -118,12 +127,7 @@ async def test_all_of_them_take_new_settings_and_so_do_successors() -> None:
                     refused = refused + 1 if (await front.ask(prompt="x" * 4000)).status == 413 else 0
 
         await all_refuse()
-        victim = front.group.process_ids[0]
-        os.kill(victim, signal.SIGKILL)
-        async with asyncio.timeout(60):
-            while victim in front.group.process_ids:
-                await asyncio.sleep(0.01)
-        await front.all_serving(2)
+        await front.kill_one()
         await all_refuse()
 
 
@@ -154,8 +158,7 @@ async def test_what_a_dead_process_counted_stays_counted() -> None:
             assert (await front.ask()).status == 200
         assert await front.counted() == 12
         for number in range(2):  # whichever has counted
-            os.kill(front.group.process_ids[0], signal.SIGKILL)
-            await front.all_serving(2)
+            await front.kill_one()
             assert await front.counted() == 12, number
 
 
