@@ -89,7 +89,8 @@ async def get_json(url: str, path: str) -> dict[str, Any]:
     """GET a small JSON document over a connection of its own."""
     reader, writer = await asyncio.open_connection(*address(url))
     writer.write(f"GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n".encode())
-    answer = await asyncio.wait_for(reader.read(), 10)
+    async with asyncio.timeout(10):
+        answer = await reader.read()
     writer.close()
     document: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
     return document

@@ -151,7 +151,8 @@ def _start(
 
 async def _ready(number: int, process: subprocess.Popen[bytes]) -> Replica:
     try:
-        told = await asyncio.wait_for(asyncio.to_thread(_ready_line, process), START_S)
+        async with asyncio.timeout(START_S):
+            told = await asyncio.to_thread(_ready_line, process)
     except TimeoutError:
         told = None
     if told is None:

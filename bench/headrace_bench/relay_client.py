@@ -120,7 +120,8 @@ class Timed(asyncio.Protocol):
         self.first_ns = 0
         self.asked_ns = time.perf_counter_ns()
         self.transport.write(request)
-        return await asyncio.wait_for(self.answered, 30)
+        async with asyncio.timeout(30):
+            return await self.answered
 
     def data_received(self, data: bytes) -> None:
         if self.first_ns == 0 and EVENT in data:

@@ -124,7 +124,8 @@ async def chunk_cost(target: Target, streams: int, interval_ms: float, window_s:
     await asyncio.sleep(window_s)
     events, reads, cpu = counter.events - events, counter.reads - reads, cpu_time.cpu_ns(target.pid) - cpu
     elapsed_s = time.perf_counter() - began
-    await asyncio.wait_for(all_ended.wait(), 60)
+    async with asyncio.timeout(60):
+        await all_ended.wait()
     _check(counter, "streams")
     due = streams * elapsed_s / (interval_ms / 1000)
     return ChunkCost(cpu / events / 1e3, events / due, events / max(reads, 1))
@@ -195,9 +196,8 @@ async def stalled_growth_mb(target: Target, stream_mb: float, patience_s: float 
     sock = raw_connection(target.url, receive_buffer_bytes=64 * 1024)
     try:
         await loop.sock_sendall(sock, post(body))
-        await asyncio.wait_for(
-            loop.sock_recv(sock, 1024), 10
-        )  # the stream has begun; nothing is read from here on
+        async with asyncio.timeout(10):
+            await loop.sock_recv(sock, 1024)  # the stream has begun; nothing is read from here on
         deadline, quiet_since, seen = time.monotonic() + patience_s, time.monotonic(), -1
         while time.monotonic() < min(deadline, quiet_since + STALL_QUIET_S):
             await asyncio.sleep(0.1)

@@ -24,6 +24,21 @@ async def test_whoever_knows_it_all_waits_for_the_next_version() -> None:
     assert [membership.version for membership in await asyncio.gather(*waiting)] == [1, 1, 1]
 
 
+async def test_a_poll_that_is_cancelled_as_the_news_come_is_cancelled() -> None:
+    for turns in range(4):
+        board = MembershipBoard()
+        known = board.current
+        waiting = asyncio.create_task(board.watch(known.epoch, known.version, 60))
+        await asyncio.sleep(0)
+        board.publish([replica("a")])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_over = waiting.done()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled() or was_over, f"lost {turns} turns of the loop after the news"
+
+
 async def test_a_poll_without_news_ends_with_what_was_known() -> None:
     board = MembershipBoard()
     known = board.current

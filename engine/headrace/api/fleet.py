@@ -334,7 +334,8 @@ class Fleet:
         import ray
 
         try:
-            return await asyncio.wait_for(call(controller), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await call(controller)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, HeadraceError):
                 raise error.cause from None

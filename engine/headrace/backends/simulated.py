@@ -166,7 +166,8 @@ class SimulatedBackend:
         quiet = asyncio.ensure_future(self._api.wait_quiet())
         quiet.add_done_callback(lambda _: self._drained.set())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drained.wait(), max(drain_s, 0.0))
+            async with asyncio.timeout(max(drain_s, 0.0)):
+                await self._drained.wait()
         quiet.cancel()
         await self._loop.stop()
         await self._server.stop()

@@ -141,7 +141,8 @@ class FleetRun:
         while True:
             await asyncio.sleep(_STAY_POLL_S)
             try:
-                status = await asyncio.wait_for(self.controller.status.remote(), _CALL_TIMEOUT_S)
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    status: FleetStatus = await self.controller.status.remote()
             except (ray.exceptions.RayError, TimeoutError):
                 if not is_away:
                     self._told.say("the controller does not answer; serving on")
@@ -185,4 +186,5 @@ class FleetRun:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(self.controller.shutdown.remote(0.0), _LOCAL_SHUTDOWN_TIMEOUT_S)
+            async with asyncio.timeout(_LOCAL_SHUTDOWN_TIMEOUT_S):
+                await self.controller.shutdown.remote(0.0)

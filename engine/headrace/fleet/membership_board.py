@@ -57,7 +57,8 @@ class MembershipBoard:
             self._said = asyncio.Event()
         if (epoch, version) == (self._current.epoch, self._current.version):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._next.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._next.wait()
         return self._current
 
     async def heard(self, version: int, patience_s: float) -> bool:
@@ -68,7 +69,8 @@ class MembershipBoard:
             said = self._said
             left_s = deadline_s - monotonic()
             try:
-                await asyncio.wait_for(said.wait(), max(0.0, left_s))
+                async with asyncio.timeout(left_s):
+                    await said.wait()
             except TimeoutError:
                 for reader in late:
                     self._heard.pop(reader, None)

@@ -63,7 +63,8 @@ class ScalingLoop:
             except Exception:  # supervision boundary: one failed look must not end scaling
                 log.exception("the autoscaler failed; the targets stay")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look_now.wait(), INTERVAL_S)
+                async with asyncio.timeout(INTERVAL_S):
+                    await self._look_now.wait()
             self._look_now.clear()
 
     def pinned(self, pool: PoolPlan, before: int | None) -> None:
