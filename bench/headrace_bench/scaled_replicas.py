@@ -30,9 +30,6 @@ from headrace_router.types import (
     Role,
 )
 
-USUAL_ANSWER_TOKENS = 128.0  # before any has ended
-ANSWER_MEMORY = 0.01
-
 
 class Stage(Enum):
     """Of a replica's life."""
@@ -98,7 +95,6 @@ class ScaledReplicas:
         self.eligible: list[ReplicaLoad] = []  # of the ready ones
         self.present: list[ScaledReplica] = []  # ready and draining, in order of start
         self.busy_s = 0.0  # of replicas that are gone; all, once `lives` was called
-        self.arrived_work_s = 0.0
         self.seen_cold_start_s: float | None = None
         self.max_context = min(settings.max_model_len, settings.num_blocks * settings.block_size)
         self._settings = settings
@@ -107,7 +103,6 @@ class ScaledReplicas:
         self._all: list[ScaledReplica] = []
         self._by_id: dict[str, ScaledReplica] = {}
         self._version = 0
-        self._answer_tokens = USUAL_ANSWER_TOKENS
 
     @property
     def num_starting(self) -> int:
@@ -122,23 +117,6 @@ class ScaledReplicas:
         load = self.router.loads.get(replica.engine.replica.id)
         assert load is not None
         return load
-
-    # --- demand
-
-    def count_work(self, uncached_tokens: int) -> None:
-        """A request came. Its work is what its tokens add to an engine's steps, by the pace learned, for as long an
-        answer as usual: what it shares with others, a step's fixed time, is not its own. As the gateway counts it
-        (`headrace.gateway.demand`)."""
-        if not self.eligible:
-            return
-        model = max(self.eligible, key=lambda load: load.cost_model.observed).cost_model
-        prefill_s = model.duration_s(uncached_tokens, 1) - model.duration_s(0, 1)
-        decode_s = model.duration_s(0, 2) - model.duration_s(0, 1)
-        self.arrived_work_s += prefill_s + decode_s * self._answer_tokens
-
-    def count_answer(self, tokens: int) -> None:
-        """An answer has ended."""
-        self._answer_tokens += ANSWER_MEMORY * (tokens - self._answer_tokens)
 
     def kv_events(self, replica: ScaledReplica, batch: Sequence[CacheEvent]) -> None:
         """Cache events of a replica have arrived. One that is gone is no longer indexed."""

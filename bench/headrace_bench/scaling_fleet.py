@@ -22,6 +22,9 @@ from headrace.backends.simulated_cache import CacheEvent
 from headrace.config import SimulatedEngine
 from headrace.fleet.demand_book import PoolTotals
 from headrace.fleet.scaling_sample import ReplicaLoad, pool_sample
+from headrace.gateway.demand import DemandMeter
+from headrace.gateway.metrics import GatewayMetrics
+from headrace.gateway.openai import Usage
 from headrace_bench.scaled_replicas import ScaledReplica, ScaledReplicas
 from headrace_bench.scaling_run import Answered, ScaledRun
 from headrace_bench.scaling_sample import TICK_S, Bounds, FleetSample, ReplicaSample, Scaler
@@ -77,6 +80,9 @@ class ScalingSimulation:
         self.fleet = ScaledReplicas(
             engine, policy, seed, cold_start_s, bounds, knows_prefixes=self._knows_prefixes
         )
+        metrics = GatewayMetrics(self.fleet.router)
+        self._measures = metrics.of(self.fleet.model)
+        self._demand = DemandMeter(self.fleet.router, metrics, self)
         self._requests = requests
         self._scaler = scaler
         self._bounds = bounds
@@ -87,7 +93,7 @@ class ScalingSimulation:
         self._now_s = 0.0
         self._live: dict[str, _Live] = {}
         self._answered: list[Answered] = []
-        self._refused = self._ended = self._arrived = 0
+        self._refused = self._ended = 0
         self._targets: list[tuple[float, int]] = []
         self._next = 0  # request to come
         self._end_s = requests[-1].arrival_s if requests else 0.0
@@ -97,6 +103,10 @@ class ScalingSimulation:
     @property
     def num_queued(self) -> int:
         """Requests that wait in the gateway."""
+        return len(self._queue)
+
+    def held(self, model: str) -> int:
+        """The same, as the gateway's own count of demand asks for it."""
         return len(self._queue)
 
     def run(self) -> ScaledRun:
@@ -141,16 +151,17 @@ class ScalingSimulation:
     # --- requests
 
     def _arrive(self, request: SimulatedRequest) -> None:
-        self._arrived += 1
+        measures = self._measures
+        measures.arrived += 1
         live = _Live(request)
         if request.prompt_tokens + request.answer_tokens > self.fleet.max_context:
             self._refuse(live)
         elif not len(self._queue) and not all_saturated(self.fleet.eligible, request.prompt_tokens):
             self._send(live)
             assert live.choice is not None
-            self.fleet.count_work(request.prompt_tokens - live.choice.decision.hit_tokens)
+            measures.arrived_tokens += request.prompt_tokens - live.choice.decision.hit_tokens
         else:
-            self.fleet.count_work(request.prompt_tokens)
+            measures.arrived_tokens += round(request.prompt_tokens * (1.0 - measures.usual_hits))
             self._wait(live)
 
     def _wait(self, live: _Live) -> None:
@@ -244,7 +255,8 @@ class ScalingSimulation:
         assert live.choice is not None
         request = live.request
         self.fleet.router.release(live.choice.booking, self._now_s)
-        self.fleet.count_answer(request.answer_tokens)
+        usage = Usage(request.prompt_tokens, request.answer_tokens, live.choice.decision.hit_tokens)
+        self._measures.finish(200, "", self._now_s - request.arrival_s, usage)
         self._answered.append(
             Answered(
                 request.number,
@@ -319,13 +331,8 @@ class ScalingSimulation:
             for one, load in zip(ready, seen, strict=True)
         ]
         members += [ReplicaLoad(ReplicaState.STARTING)] * fleet.num_starting
-        waits_s = [load.wait_s for load in fleet.eligible]
-        totals = PoolTotals(
-            held=len(self._queue),
-            arrived=self._arrived,
-            arrived_work_s=fleet.arrived_work_s,
-            backlog_s=sum(waits_s) / len(waits_s) if waits_s else None,
-        )
+        (told,) = self._demand.build().pools
+        totals = PoolTotals(told.held, told.arrived, told.arrived_work_s, told.backlog_s)
         pool = pool_sample(self._now_s, members, len(members), totals, fleet.seen_cold_start_s)
         return FleetSample(pool, seen)
 

@@ -13,8 +13,10 @@ What waits in the gateway is spread over the workers, where it would wait withou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from headrace_bench.scalers.one_by_one import Held, OneByOne
 from headrace_bench.scaling_sample import Bounds, FleetSample
 
 WAITING_KV = 0.02
@@ -82,28 +84,16 @@ class LoadScalingSpec(NamedTuple):
 DEFAULT_SCALING = LoadScalingSpec()
 
 
-class LoadScaling:
+class LoadScaling(OneByOne):
     """Aggregated workers, a target other than `sla`."""
 
     def __init__(self, bounds: Bounds, spec: LoadScalingSpec = DEFAULT_SCALING) -> None:
-        self._bounds = bounds
+        super().__init__(bounds, spec.interval_s)
         self._spec = spec
-        self._ran_s = float("-inf")
-        self._target = 0
 
-    def target(self, sample: FleetSample) -> int:
+    def _step(self, held: Sequence[Held]) -> int:
         spec = self._spec
-        if not self._target:
-            self._target = sample.current
-        if sample.at_s - self._ran_s < spec.interval_s - 1e-9:
-            return self._target
-        self._ran_s = sample.at_s
-        if sample.starting or sample.ready != self._target or not sample.replicas:
-            return self._target
-        held = sample.held / sample.ready
-        loads = [one.kv_use + spec.waiting_kv * (one.waiting + held) for one in sample.replicas]
+        loads = [one.kv_use + spec.waiting_kv * one.waiting for one in held]
         if any(load > spec.up for load in loads):
-            self._target = self._bounds.clip(sample.ready + 1)
-        elif all(load < spec.down for load in loads):
-            self._target = self._bounds.clip(sample.ready - 1)
-        return self._target
+            return 1
+        return -1 if all(load < spec.down for load in loads) else 0

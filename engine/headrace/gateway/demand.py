@@ -40,6 +40,14 @@ class DemandSink(Protocol):
         ...
 
 
+class WaitingRoom(Protocol):
+    """Where requests wait for a replica: `Admission`, or a simulation's."""
+
+    def held(self, model: str) -> int:
+        """Requests that wait for this model."""
+        ...
+
+
 class _Pace(NamedTuple):
     """Marginal seconds of one pool."""
 
@@ -57,10 +65,10 @@ class _Seen(NamedTuple):
 class DemandMeter:
     """Counts per pool. `build` is called by one loop, about once a second."""
 
-    def __init__(self, router: Router, metrics: GatewayMetrics, admission: Admission) -> None:
+    def __init__(self, router: Router, metrics: GatewayMetrics, waiting: WaitingRoom) -> None:
         self._router = router
         self._metrics = metrics
-        self._admission = admission
+        self._waiting = waiting
         self._gateway = token_hex(8)
         self._sequence = 0
         self._seen: dict[str, _Seen] = {}
@@ -85,7 +93,7 @@ class DemandMeter:
                     PoolDemand(
                         model,
                         role,
-                        held=self._admission.held(model),
+                        held=self._waiting.held(model),
                         arrived=measures.arrived,
                         arrived_work_s=self._work_s.get((model, role), 0.0),
                         backlog_s=sum(waits_s) / len(waits_s) if waits_s else None,
