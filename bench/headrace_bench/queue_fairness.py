@@ -102,6 +102,7 @@ async def gateway(replicas: int) -> AsyncIterator[int]:
             Replica(
                 ReplicaId(f"r{number}"), started.boot_id, "m", Role.UNIFIED, started.endpoints,
                 block_size=started.block_size, num_blocks=started.num_blocks,
+                max_running=started.max_running,
             )
         )  # fmt: skip
     config = Gateway.model_validate({"port": 0, "access_log": False, "queue": QUEUE})

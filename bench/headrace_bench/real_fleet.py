@@ -166,6 +166,7 @@ async def _ready(number: int, process: subprocess.Popen[bytes]) -> Replica:
         block_size=told["block_size"],
         num_blocks=told["num_blocks"],
         max_model_len=told["max_model_len"],
+        max_running=told["max_running"],
         kv_connector=told["kv_connector"],
     )
 

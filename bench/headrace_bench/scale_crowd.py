@@ -40,6 +40,7 @@ class Crowd:
                     block_size=started.block_size,
                     num_blocks=started.num_blocks,
                     max_model_len=started.max_model_len,
+                    max_running=started.max_running,
                     node=node,
                 )
             )

@@ -235,4 +235,5 @@ def _replica(serial: int, engine: SimulatedEngine) -> Replica:
         block_size=engine.block_size,
         num_blocks=engine.num_blocks,
         max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
+        max_running=engine.max_running,
     )

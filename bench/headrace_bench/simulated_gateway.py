@@ -131,5 +131,6 @@ def _replica(number: int, engine: SimulatedEngine, role: Role, connector: str | 
         block_size=engine.block_size,
         num_blocks=engine.num_blocks,
         max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
+        max_running=engine.max_running,
         kv_connector=connector,
     )

@@ -5,7 +5,7 @@
 
     prompt   = wait + uncached · s · (1 + queued/10 + h · running/10)
     transfer = moving what d does not hold yet, at the pace learned from d's own transfers,
-               + the time until d has room for it + the prompts that wait on d
+               + the time until d has room for it + the prompts that wait on d, or until it has a place
     answer   = 1/(10 h) of decoding there: steps as long as d's are, stretched by the share of its time that d has
                spent on prompts of late, + half of what it slows the others down by
     h        = 1 + (requests that run per replica, on average / 16)²
@@ -213,7 +213,7 @@ def prompt_costs(
     tokens, costs = request.size_tokens, []
     weight = RUNNING_WEIGHT * hardness
     for load, hit in zip(loads, hits, strict=True):
-        wait_s = load.wait_s
+        wait_s = load.turn_s
         if tokens > load.room_tokens:
             wait_s = max(wait_s, load.memory_wait_s(tokens))
         queued = load.queued
@@ -225,7 +225,7 @@ def prompt_costs(
 def transfer_s(load: ReplicaLoad, request: Request, hit_tokens: int) -> float:
     """Of receiving the prompt there, until the answer can go on."""
     moved = request.size_tokens - hit_tokens
-    return load.transfer_model.duration_s(moved) + load.memory_wait_s(moved) + load.wait_s
+    return load.transfer_model.duration_s(moved) + load.memory_wait_s(moved) + load.turn_s
 
 
 def answer_s(load: ReplicaLoad, request: Request, hardness: float, now_s: float) -> float:

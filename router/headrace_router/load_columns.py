@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 class LoadColumns:
     """One row per candidate, in the order of `View.loads`. `ReplicaLoad` says what the columns mean."""
 
-    __slots__ = ("_buffers", "memory_token_s", "queued", "requests", "room_tokens", "token_s", "wait_s")
+    __slots__ = ("_buffers", "memory_token_s", "queued", "requests", "room_tokens", "token_s", "turn_s")
 
     def __init__(self, count: int) -> None:
         self._buffers = tuple(array("d", bytes(8 * count)) for _ in range(6))
         (
-            self.wait_s,
+            self.turn_s,
             self.token_s,
             self.requests,
             self.queued,
@@ -30,7 +30,7 @@ class LoadColumns:
         ) = (_view(buffer) for buffer in self._buffers)
 
     def write(self, row: int, values: Sequence[float]) -> None:
-        """Set one candidate's row: wait_s, token_s, requests, queued, room_tokens, memory_token_s."""
+        """Set one candidate's row: turn_s, token_s, requests, queued, room_tokens, memory_token_s."""
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer[row] = value
 

@@ -17,6 +17,12 @@ from headrace_router.types import Iteration, LoadReport, Replica
 RESIDENCE_S = 5.0  # believed time that a request holds KV cache, before any has ended
 RESIDENCE_MEMORY = 0.05
 UNKNOWN_TOKENS = 1e18  # of a KV cache whose size nobody told: never an obstacle
+UNKNOWN_PLACES = 1 << 60  # of a batch whose size nobody told
+PLACES_PER_WAITING = 8
+"""For so many places of a batch one request may wait in the engine, so that none idles until it is known here to be
+free and taken again. That takes a step, a report and the way there, 10 to 30 ms; an eighth of the places comes free in
+that time only where answers last less than 0.25 s. Whoever waits there waits for about an eighth of an answer, in the
+order of coming."""
 ROLE_MEMORY_S = 10.0  # how long what a replica computed lately tells what it will compute next
 LEARNED_PER_REPORT = 4  # steps; the filter needs far fewer than an engine makes
 
@@ -76,9 +82,13 @@ class ReplicaLoad:
 
     __slots__ = (
         "_arriving",
+        "_begun",
         "_bookings",
         "_columns",
         "_elsewhere",
+        "_may_wait",
+        "_others",
+        "_place_s",
         "_row",
         "_shown",
         "arriving_tokens",
@@ -90,6 +100,7 @@ class ReplicaLoad:
         "kv_use",
         "last_report",
         "memory_token_s",
+        "open_places",
         "prefilled_at_s",
         "prefilled_s",
         "queued",
@@ -106,6 +117,7 @@ class ReplicaLoad:
         "suspended_until_s",
         "token_s",
         "transfer_model",
+        "turn_s",
         "unreported",
         "unreported_tokens",
         "wait_s",
@@ -153,8 +165,15 @@ class ReplicaLoad:
         self.room_tokens = UNKNOWN_TOKENS  # of the free ones, what the backlog leaves
         self.held_tokens = 0.0  # in the KV cache by requests that run
         self.memory_token_s = 0.0  # seconds until one more token of KV cache comes free
+        self.open_places = UNKNOWN_PLACES  # requests that may still be sent, a few of them to wait there
+        self.turn_s = 0.0  # until the next request would begin: the backlog is prefilled and a place is free
+        self._begun = 0  # answered since the last report: they run, though it does not show them
+        self._others = 0  # of the requests that run or wait there, those that are not ours
+        self._may_wait = 0  # in the engine for a place
+        self._place_s = 0.0  # until one more place comes free, where all are taken
         self._columns: LoadColumns | None = None
         self._row = 0
+        self.refresh()
 
     # --- read path
 
@@ -182,7 +201,7 @@ class ReplicaLoad:
     def add(self, booking: Booking) -> None:
         """One more request. A replica that never reports shows it with its first token."""
         booking.alone = self.booked == 0
-        booking.wait_s = self.wait_s
+        booking.wait_s = self.turn_s
         self.booked += 1
         self._bookings[booking] = None
         self.unreported += 1
@@ -191,6 +210,8 @@ class ReplicaLoad:
         backlog = self.backlog_tokens = self.backlog_tokens + booking.uncached_tokens
         self.room_tokens = self.free_tokens - backlog - self.arriving_tokens
         self.wait_s = backlog * self.token_s
+        self.open_places -= 1
+        self.turn_s = self._until_begun_s()
         reported = self.running + self.waiting + self.unreported + len(self._arriving)
         self.requests = self.booked if self.booked > reported else reported
         self.queued += 1
@@ -211,6 +232,7 @@ class ReplicaLoad:
         self._elsewhere.append((now_s, uncached_tokens))
         self.unreported += 1
         self.unreported_tokens += uncached_tokens
+        self._others += 1
         self.refresh()
 
     def drop(self, booking: Booking, now_s: float) -> None:
@@ -231,6 +253,8 @@ class ReplicaLoad:
     def settle(self, booking: Booking) -> bool:
         """Its prompt is computed: it counts as running, no longer as backlog. False when it already did."""
         settled = self._forget(booking)
+        if settled:
+            self._begun += 1
         if self._arrived(booking) or self._unshow(booking) or settled:
             self.refresh()
         return settled
@@ -252,6 +276,8 @@ class ReplicaLoad:
         while elsewhere and elsewhere[0][0] <= settled_before_s:
             self.unreported -= 1
             self.unreported_tokens -= elsewhere.popleft()[1]
+        self._begun = 0
+        self._others = max(report.running + report.waiting - self.booked, len(elsewhere))
         if self._arriving:
             for booking in [b for b in self._arriving if b.is_sent and b.booked_at_s <= settled_before_s]:
                 self._arrived(booking)
@@ -328,15 +354,36 @@ class ReplicaLoad:
         running = self.running if report is not None else booked - self.unreported
         token_s = self.token_s = self.cost_model.seconds_per_token(running, self.held_tokens)
         self.wait_s = backlog * token_s
+        places = replica.max_running
+        if places is None:
+            self.open_places, self._may_wait = UNKNOWN_PLACES, 0
+        else:
+            self._may_wait = -(-places // PLACES_PER_WAITING)
+            self._place_s = self.residence_s / places
+            self.open_places = places + self._may_wait - self._taken()
+        self.turn_s = self._until_begun_s()
         if self._columns is not None:
             self._write_row()
+
+    def _taken(self) -> int:
+        """Requests that hold a place or wait for one: by reports, or by bookings, whichever are fewer. A report may
+        show what also counts as unreported; a client that reads slowly keeps a booking when its place is free again."""
+        reported = self.running + self.waiting + self.unreported + self._begun + len(self._arriving)
+        known = self.booked + self._others
+        return reported if reported < known else known
+
+    def _until_begun_s(self) -> float:
+        """For the next request: what waits there is prefilled, and a place has come free. Where all are taken, one does
+        every residence / places seconds (Little's law)."""
+        missing = 1 + self._may_wait - self.open_places
+        return self.wait_s if missing <= 0 else max(self.wait_s, missing * self._place_s)
 
     def _write_row(self) -> None:
         assert self._columns is not None
         self._columns.write(
             self._row,
             (
-                self.wait_s,
+                self.turn_s,
                 self.token_s,
                 self.requests,
                 self.queued,
@@ -359,6 +406,9 @@ class ReplicaLoad:
         )
         held = (self.shown_tokens, self.shown_hit_tokens)
         assert held == shown, f"{name}: {held} shown tokens, not {shown}"
+        if self.replica.max_running is not None:
+            left = self.replica.max_running + self._may_wait - self._taken()
+            assert self.open_places == left, f"{name}: {self.open_places} open places, not {left}"
         arriving = sum(booking.moved_tokens for booking in self._arriving)
         assert self.arriving_tokens == arriving, f"{name}: {self.arriving_tokens} arriving, not {arriving}"
         places = (self._bookings, self._shown, self._arriving)

@@ -1,10 +1,9 @@
 """Whether a replica can take one more request without making it wait. Pure.
 
-Not a count of requests: sixty short ones may leave a replica idle in a moment, two long ones may fill it for a minute.
-What counts is when this prompt would begin, as the router predicts it, and whether it would fit.
-
-Not seen: an engine whose places (`max_num_seqs`) are taken by long answers to short prompts. What waits there is a
-small backlog, so more is sent there until that alone makes a wait.
+Not a count of requests alone: sixty short ones may leave a replica idle in a moment, two long ones may fill it for a
+minute. What counts is when this prompt would begin, as the router predicts it, whether it would fit, and whether one of
+the places of the engine's batch is free or soon will be (`ReplicaLoad.open_places`): long answers to short prompts take
+those while the backlog is small.
 """
 
 from __future__ import annotations
@@ -46,7 +45,9 @@ def is_saturated(load: ReplicaLoad, prompt_tokens: int, bound: SaturationBound =
 
 
 def is_full(load: ReplicaLoad, prompt_tokens: int, bound: SaturationBound = DEFAULT_BOUND) -> bool:
-    """Whether the prompt would take memory that running answers need to grow in."""
+    """Whether there is no place for the request, or the prompt would take memory that running answers need."""
+    if load.open_places < 1:
+        return True
     replica = load.replica
     if replica.num_blocks is None or replica.block_size is None:
         return False

@@ -67,6 +67,7 @@ class Replica:
     block_size: int | None = None  # tokens per KV block, None where unknown
     num_blocks: int | None = None  # KV blocks in total, None where unknown
     max_model_len: int | None = None  # tokens, prompt and answer together
+    max_running: int | None = None  # places of the engine's batch, None where unknown
     node: str = ""  # where it runs, for people
     api_key: str | None = None  # asked for by this replica alone (an external server); never shown
     kv_connector: str | None = None  # replicas of one model with the same one may hand KV over to each other

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.backends.simulated_engine import SimulatedEngine
 from headrace.errors import CallerError
 from headrace.fleet.scaling_spec import ScalingSpec
 from headrace_bench.scalers.fixed import Fixed
@@ -19,7 +21,7 @@ from headrace_bench.scaling_fleet import ScalingSimulation
 from headrace_bench.scaling_run import ScaledRun, figures_of, reversals
 from headrace_bench.scaling_sample import Bounds, FleetSample, Scaler
 from headrace_bench.scaling_workload import bursty, plan, widen
-from headrace_bench.simulated_workload import plan_requests
+from headrace_bench.simulated_workload import SimulatedRequest, plan_requests
 from headrace_bench.trace import TraceRecord
 
 BOUNDS = Bounds(1, 12)
@@ -113,6 +115,27 @@ def test_requests_wait_in_the_queue_while_all_are_full_and_are_refused_after_a_m
     run = simulate(Fixed(1), num=600)
     assert run.refused > 0
     assert max(one.ttft_s for one in run.answered) < 75.0
+
+
+def test_no_place_idles_while_requests_wait_in_the_queue() -> None:
+    engine = ENGINE.model_copy(update={"max_running": 8, "decode_sequence_s": 0.0005})
+    nothing = np.array([], np.uint64)
+    requests = [
+        SimulatedRequest(number, 0.0, 50, 60 + 37 * number % 60, [], nothing, str(number))
+        for number in range(64)
+    ]
+    run = ScalingSimulation(
+        requests, engine, Fixed(1), bounds=Bounds(1, 1), cold_start_s=20.0, initial=1, seed=1
+    ).run()
+    waited = sum(one.ttft_s > 1.0 for one in run.answered)
+    all_at_once = SimulatedEngine(engine)
+    for request in requests:
+        all_at_once.add(str(request.number), request.prompt_tokens, request.answer_tokens, [])
+    steps_s = 0.0
+    while step := all_at_once.step():
+        steps_s += step.duration_s
+    assert waited > 40
+    assert max(one.e2e_s for one in run.answered) < 1.02 * steps_s
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -35,6 +35,7 @@ from headrace_router.types import LoadReport, ReplicaId
 TOKEN = "the-fleet's-own"
 MODEL = "contract"
 PATIENCE_S = 60.0
+PLACES = 24  # of a batch
 SAY = [{"role": "user", "content": "Say something long about rivers."}]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -51,7 +52,9 @@ class Kind:
 
 
 def simulated_backend() -> SimulatedBackend:
-    settings = SimulatedEngine.model_validate({"step_s": 0.002, "max_model_len": 2048, "num_blocks": 1024})
+    settings = SimulatedEngine.model_validate(
+        {"step_s": 0.002, "max_model_len": 2048, "num_blocks": 1024, "max_running": PLACES}
+    )
     return SimulatedBackend(settings, MODEL, ReplicaId("simulated-0"), internal_token=TOKEN)
 
 
@@ -81,6 +84,7 @@ async def vllm() -> AsyncIterator[Backend]:
         "kv_cache_memory_bytes": 256 * 1024**2,
         "dtype": "float32",
         "enforce_eager": True,
+        "max_num_seqs": PLACES,
     }
     core = min(os.sched_getaffinity(0))
     backend = VllmBackend(
@@ -179,6 +183,9 @@ async def test_start_tells_phases_endpoints_and_sizes(subject: Subject) -> None:
     if subject.kind.owns_server:
         assert (subject.started.block_size or 0) > 0
         assert (subject.started.num_blocks or 0) > 0
+        assert subject.started.max_running == PLACES
+    else:
+        assert subject.started.max_running is None
     assert (subject.started.endpoints.load is not None) == subject.kind.publishes_load
     await subject.backend.check()
 

@@ -54,6 +54,7 @@ class ScriptedReplica:
         self.port = 0
         self.role = Role.UNIFIED
         self.kv_connector: str | None = None
+        self.max_running: int | None = None
         self.boot = "boot"
         self.reports = False  # whether it is one of those that tell their load; a test tells it then
         self._server: asyncio.Server | None = None
@@ -78,6 +79,7 @@ class ScriptedReplica:
             "m",
             self.role,
             Endpoints(f"http://127.0.0.1:{self.port}", load=NOWHERE if self.reports else None),
+            max_running=self.max_running,
             kv_connector=self.kv_connector,
         )
 
@@ -316,6 +318,7 @@ async def open_front(
     timeouts: Timeouts = FAST,
     roles: tuple[Role, ...] = (),
     reports: bool = False,
+    max_running: int | None = None,
     tenants: tuple[Tenant, ...] = (),
     demand: DemandSink | None = None,
     **settings: Any,
@@ -326,7 +329,7 @@ async def open_front(
     for replica, role in zip(replicas, roles, strict=False):
         replica.role, replica.kv_connector = role, "NixlConnector"
     for replica in replicas:
-        replica.reports = reports
+        replica.reports, replica.max_running = reports, max_running
     for replica in replicas:
         await replica.open()
     source = FixedSource([replica.replica for replica in replicas])

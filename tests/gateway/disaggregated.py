@@ -62,6 +62,7 @@ class Fleet:
             block_size=started.block_size,
             num_blocks=started.num_blocks,
             max_model_len=started.max_model_len,
+            max_running=started.max_running,
             kv_connector=started.kv_connector,
         )
         self.tell()

@@ -98,6 +98,36 @@ async def test_tenants_take_turns(front: Open, face: str) -> None:
         await gateway.settled()
 
 
+async def test_tenants_take_turns_where_long_answers_hold_every_place(front: Open, face: str) -> None:
+    async with front(face, num_replicas=1, reports=True, max_running=2) as gateway:
+        gateway.tell("a", running=3)  # one waits in the engine
+        waiting = [
+            *await holding(gateway, 4, "big", user="big"),
+            *await holding(gateway, 2, "small", user="small"),
+        ]
+        gateway.tell("a", running=2)
+        assert {answer.status for answer in await asyncio.gather(*waiting)} == {200}
+        served = [request["user"] for request in gateway.replicas[0].requests]
+        assert served == ["big", "small", "big", "small", "big", "big"]
+        await gateway.settled()
+
+
+async def test_each_place_that_comes_free_lets_one_in(front: Open) -> None:
+    async with front(num_replicas=1, reports=True, max_running=2) as gateway:
+        gateway.tell("a", running=3)
+        stalling = {"script": {"all": "stream_then_hang"}, "stream": True}
+        waiting = await holding(gateway, 3, **stalling)
+        for held in (2, 1):
+            gateway.tell("a", running=2)
+            await gateway.until_held(held)
+            gateway.tell("a", running=3)
+            assert gateway.context.admission.num_waiting == held
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await gateway.settled()
+
+
 async def test_weights_are_those_of_the_configuration(front: Open) -> None:
     settings = {"queue": ONE_AT_A_TIME, "tenants": (Tenant(name="heavy", weight=3.0),)}
     async with front(num_replicas=1, reports=True, **settings) as gateway:

@@ -13,7 +13,14 @@ from headrace_router.types import BootId, Endpoints, Iteration, LoadReport, Repl
 def replica(name: str = "a", boot: str = "1", *, reports: bool = True) -> Replica:
     endpoints = Endpoints("http://127.0.0.1:1", load="tcp://127.0.0.1:2" if reports else None)
     return Replica(
-        ReplicaId(name), BootId(boot), "m", Role.UNIFIED, endpoints, block_size=16, num_blocks=1000
+        ReplicaId(name),
+        BootId(boot),
+        "m",
+        Role.UNIFIED,
+        endpoints,
+        block_size=16,
+        num_blocks=1000,
+        max_running=8,
     )
 
 
@@ -189,6 +196,8 @@ class LoadTableMachine(RuleBasedStateMachine):
             reported = load.last_report.backlog_tokens if load.last_report is not None else 0
             assert reported <= load.backlog_tokens <= reported + sum(b.uncached_tokens for b in ours)
             assert load.wait_s == load.backlog_tokens * load.token_s
+            assert load.turn_s >= load.wait_s
+            assert load.open_places + load.requests >= 8, "never more taken than requests are known"
 
 
 TestLoadTableMachine = LoadTableMachine.TestCase

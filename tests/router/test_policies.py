@@ -128,6 +128,16 @@ def test_delay_waits_neither_for_memory_that_is_not_there() -> None:
     assert choose("delay", loads, held(500, 0)).load is loads[1]
 
 
+def test_delay_waits_not_for_a_place_where_another_replica_has_one() -> None:
+    loads = candidates([0, 0], max_running=4)
+    busy(loads[0], running=3)
+    assert choose("delay", loads, held(900, 0)).load is loads[0]
+    busy(loads[0], running=4)
+    assert choose("delay", loads, held(900, 0)).load is loads[1]
+    busy(loads[1], running=4, waiting=1)
+    assert choose("delay", loads, held(900, 0)).load is loads[0], "fewer wait for one there"
+
+
 def test_delay_prices_a_slow_tier_between_a_hit_and_none() -> None:
     loads = candidates([0, 0, 0])
     costs = choose("delay", loads, held(0, 800, 800, slow=[0, 800, 0])).costs
@@ -145,7 +155,7 @@ def test_delay_prices_a_slow_tier_between_a_hit_and_none() -> None:
 def test_delay_decides_alike_in_a_loop_and_over_arrays(
     loads: list[tuple[int, int, float]], tokens: int, knows: str
 ) -> None:
-    some = candidates([count for count, _, _ in loads], 100, num_blocks=200, block_size=16)
+    some = candidates([count for count, _, _ in loads], 100, num_blocks=200, block_size=16, max_running=8)
     columns = LoadColumns(len(some))
     for row, (load, (_, _, kv_use)) in enumerate(zip(some, loads, strict=True)):
         busy(load, running=3, kv_use=kv_use)

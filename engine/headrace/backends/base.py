@@ -30,6 +30,7 @@ class Started:
     block_size: int | None = None  # tokens per KV block
     num_blocks: int | None = None
     max_model_len: int | None = None
+    max_running: int | None = None  # places of the batch: requests that may run at one time
     kv_connector: str | None = None  # through which it hands prompts over, None where it does not
     phases_s: tuple[tuple[str, float], ...] = ()  # start-up time by phase
 

@@ -99,6 +99,7 @@ class SimulatedBackend:
             block_size=self._config.block_size,
             num_blocks=self._config.num_blocks,
             max_model_len=self._loop.engine.max_context,
+            max_running=self._config.max_running,
             kv_connector=self._kv_connector,
             phases_s=(("engine", engine_s), ("http", time.monotonic() - began_s - engine_s)),
         )

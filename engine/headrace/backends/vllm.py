@@ -124,6 +124,7 @@ class VllmBackend:
             block_size=config.cache_config.block_size,
             num_blocks=config.cache_config.num_gpu_blocks,
             max_model_len=config.model_config.max_model_len,
+            max_running=_places(config.scheduler_config),
             kv_connector=handing_over(settings.kv_connector, settings.kv_options),
             phases_s=phases.finished(),
         )
@@ -319,6 +320,11 @@ def _make_engine(args: Any, logger_factory: Callable[[Any, int], Any]) -> Any:
         usage_context=UsageContext.OPENAI_API_SERVER,
         stat_loggers=[logger_factory],
     )
+
+
+def _places(scheduler_config: Any) -> int:
+    """Requests that vLLM's scheduler lets run at one time (`Scheduler.max_num_active_reqs`)."""
+    return int(scheduler_config.max_num_active_seqs or scheduler_config.max_num_seqs)
 
 
 def _bind(host: str, *, shares: bool = False) -> socket.socket:

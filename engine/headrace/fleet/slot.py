@@ -125,6 +125,7 @@ class Slot:
             block_size=started.block_size,
             num_blocks=started.num_blocks,
             max_model_len=started.max_model_len,
+            max_running=started.max_running,
             node=self.pulse.node if self.pulse else "",
             kv_connector=started.kv_connector,
         )

@@ -1,7 +1,7 @@
 """The default: the replica on which the request costs the least time, its own and everybody else's.
 
     cost = wait + uncached · s · (1 + running / (1 + running / 12) + queued)
-    wait = the longer of: backlog · s, and the time until the KV cache has room
+    wait = the longest of: backlog · s, the time until the KV cache has room, and until the batch has a place
 
 `s` is the replica's seconds per prefill token, learned from its own steps. The bracket is whom this prefill costs
 time. Itself. Requests that run there, which decode more slowly meanwhile: in full while they are few, at most as
@@ -61,7 +61,7 @@ class Delay:
         work: Sequence[float] = [tokens] * len(loads) if hits is None else _work(tokens, hits, view)
         costs = []
         for load, uncached in zip(loads, work, strict=True):
-            wait_s = load.wait_s
+            wait_s = load.turn_s
             room = load.room_tokens
             if tokens > room and (room_s := (tokens - room) * load.memory_token_s) > wait_s:
                 wait_s = room_s
@@ -96,7 +96,7 @@ class Delay:
         """The same over arrays, for fleets where the loop would take longer than the rest of the decision."""
         columns, loads = view.columns, view.loads
         assert columns is not None
-        wait_s = columns.wait_s
+        wait_s = columns.turn_s
         room = columns.room_tokens
         if tokens > room.min():
             wait_s = np.maximum(wait_s, (tokens - room) * columns.memory_token_s)
