@@ -1,7 +1,7 @@
 # Each target sets up what it needs (.ci/setup: .venv, vLLM, Ray) and may be the first one run.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long check format schema bench scale peers clean
+.PHONY: help serve test test-long cluster-test check format schema bench scale peers clean
 
 CONFIG := configs/local.yaml
 PORT :=
@@ -9,7 +9,7 @@ HOST :=
 ARGS :=
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # `exec`, so that Ctrl-C and SIGTERM reach headrace itself and not a shell around it. PORT and HOST set to nothing
 # above keep variables of the environment out: compilers' environments export a HOST that is no address.
@@ -18,10 +18,13 @@ serve: ## serve a model: make serve [CONFIG=configs/local.yaml] [HOST=127.0.0.1]
 	    $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: ## run the tests, real vLLM replicas included (about 20 minutes): make test [ARGS="-m 'not vllm'"]
-	@.ci/setup && exec .venv/bin/pytest -m "not long" $(ARGS)
+	@.ci/setup && exec .venv/bin/pytest -m "not long and not netns" $(ARGS)
 
 test-long: ## run the rest: quotas, rollouts, scaling and Ray Serve on Ray and on real replicas (about 25 minutes)
-	@.ci/setup && exec .venv/bin/pytest -m long $(ARGS)
+	@.ci/setup && exec .venv/bin/pytest -m "long and not netns" $(ARGS)
+
+cluster-test: ## lose nodes of a Ray cluster of three network namespaces; needs root (about 5 minutes)
+	@.ci/setup && exec .venv/bin/pytest -m netns $(ARGS)
 
 check: ## lint, formatting, types, import rules
 	@.ci/setup dev-only

@@ -296,10 +296,11 @@ class Router:
                 source.tick(now_s)
         silent = []
         for load in self.loads.all():
-            if load.suspended is not None:
-                if load.suspended_until_s <= now_s:
-                    self._resume(load)
-            elif load.reported_at_s is not None and now_s - load.reported_at_s > silence_limit_s:
+            if load.suspended is not None and load.suspended_until_s <= now_s:
+                self._resume(load)
+            if load.suspended is not None or load.reported_at_s is None:
+                continue
+            if now_s - load.reported_at_s > silence_limit_s:
                 self.suspend(load.replica, f"silent for {now_s - load.reported_at_s:.1f} s")
                 silent.append(load.replica)
         return silent

@@ -149,6 +149,26 @@ async def test_reset_before_the_answer_is_retried_on_another_replica(front: Open
         await gateway.settled()
 
 
+async def test_replicas_that_take_no_connection_use_up_no_retry(front: Open, face: str) -> None:
+    """With a node go several replicas at once."""
+    async with front(face, num_replicas=5, retries=1) as gateway:
+        for replica in gateway.replicas[1:4]:
+            await replica.close()
+        response = await gateway.post({"model": "m", "script": {"a": "reset"}})
+        assert (response.status, response.json()["by"]) == (200, "e")
+        await gateway.settled()
+
+
+async def test_a_request_that_kills_replicas_kills_one_more_than_it_has_retries(
+    front: Open, face: str
+) -> None:
+    async with front(face, num_replicas=5, retries=1) as gateway:
+        response = await gateway.post({"model": "m", "script": {"all": "reset"}})
+        assert response.status == 502
+        assert sum(len(replica.requests) for replica in gateway.replicas) == 2
+        await gateway.settled()
+
+
 async def test_all_replicas_resetting_is_a_502_that_can_be_retried(front: Open, face: str) -> None:
     async with front(face) as gateway:
         response = await gateway.post({"model": "m", "script": {"all": "reset"}})

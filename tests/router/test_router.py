@@ -77,6 +77,15 @@ def test_refused_connection_keeps_a_replica_out_for_its_time_although_it_reports
     assert router.choose(Request("m")) is not None
 
 
+def test_one_that_refused_and_fell_silent_meanwhile_does_not_return_when_its_time_is_over() -> None:
+    router = router_of(replica("a"))
+    router.suspend(replica("a"), "refused", until_s=1.0)
+    assert [r.id for r in router.tick(1.0, SILENCE_S)] == ["a"]
+    assert router.choose(Request("m")) is None
+    assert router.report(report("a"), 1.1)
+    assert router.choose(Request("m")) is not None
+
+
 def test_report_of_another_boot_or_an_older_one_changes_nothing() -> None:
     router = router_of(replica("a", boot="2"))
     assert not router.report(report("a", boot="1", running=9), 0.0)

@@ -3,7 +3,7 @@
     dispatch ── every replica saturated ──> held ──let_in──┐
         └──────────────────────────────────────────────────┴─> choose ── one replica ──────────────> its answer
                                                  ^               └─ two: first half, then the second ───┘
-    a replica fails before the answer ── try_elsewhere, not on those tried, at most `retries` times ────────┘
+    a replica fails before the answer ── try_elsewhere, sent to at most `retries` more ─────────────────────┘
 
 `Exchange` inherits it, and holds what is the client's.
 """
@@ -59,6 +59,8 @@ class Dispatch(ABC):
     _first: FirstHalf | None = None  # of a request that is handed over
     _computed: Decision | None = None  # who computes the prompt, where that is another one
     _tries = 0
+    _num_sent = 0  # of these tries those that went out
+    _is_sent = False  # the present one
     _tried: dict[ReplicaId, BootId] | None = None  # those that failed on it
     _held: Held | None = None  # while it waits in the gateway
     _last_held: Held | None = None  # when it last did
@@ -136,6 +138,7 @@ class Dispatch(ABC):
         booking = self._booking = choice.booking
         self.decision = choice.decision
         self._tries += 1
+        self._is_sent = False
         context = self._context
         self.measures.decided(choice.decision.reason)
         context.decisions.add(
@@ -151,6 +154,11 @@ class Dispatch(ABC):
             self._hand_over(choice.handover, choice.decision)
         else:
             self._answer.reach(context.targets[booking.replica.id])
+
+    def goes_out(self) -> None:
+        """A replica gets the request, or its first half."""
+        self._num_sent += not self._is_sent
+        self._is_sent = True
 
     # --- the first half, where another replica computes the prompt
 
@@ -274,7 +282,9 @@ class Dispatch(ABC):
 
     def _try_without(self, replica: Replica) -> bool:
         context, request = self._context, self._request
-        if request is None or self._tries > context.config.retries:
+        # A replica that takes no connection has not seen the request: only those that may have died of it count. With a
+        # node several go at once, and the next one is as likely to be of that node.
+        if request is None or self._num_sent > context.config.retries:
             return False
         tried = {**(self._tried or {}), replica.id: replica.boot_id}
         # One that has started anew since is another one.

@@ -26,6 +26,10 @@ class Errand(Protocol):
 
     deadline_s: float  # `Reach.gives_up` is to be asked when it has passed
 
+    def goes_out(self) -> None:
+        """A replica gets the request, or its first half."""
+        ...
+
     def fail(self, error: Exception) -> None:
         """The request cannot be sent, and that is no replica's fault."""
         ...
@@ -92,6 +96,7 @@ class Reach(Receiver):
             self._errand.fail(error)
 
     def _send(self, connection: UpstreamConnection, target: Target) -> None:
+        self._errand.goes_out()
         self._connection = connection
         self._errand.deadline_s = monotonic() + self._context.timeouts.first_byte_s
         connection.send(self, self._request(target))
