@@ -29,6 +29,7 @@ from headrace.config import Gateway, SimulatedEngine
 from headrace.gateway.app import build_app
 from headrace.gateway.asgi import RelayApp
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.types import ReplicaId
 
@@ -116,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     process = get_context("spawn").Process(target=replica, args=(theirs,), daemon=True)
     process.start()
     thread = LoopThread("gateway")
-    server = GatewayServer(
-        Gateway(port=0, access_log=False, policy="round_robin"), StaticFleet([ours.recv()])
-    )
+    config = Gateway(port=0, access_log=False, policy="round_robin")
+    server = GatewayServer(GatewaySettings(0, config), StaticFleet([ours.recv()]))
     _, port = server.bind()
     thread.run(server.start())
     rounds: list[dict[str, Cost]]

@@ -20,6 +20,7 @@ import uvloop
 
 from headrace.config import Gateway, node
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace_router.disaggregation import DISAGGREGATIONS
 from headrace_router.policies import POLICIES
 from headrace_router.types import Membership, Replica
@@ -28,8 +29,8 @@ from headrace_router.types import Membership, Replica
 class FixedMembership:
     """A MembershipSource that never changes."""
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self._membership = Membership(1, tuple(replicas))
+    def __init__(self, replicas: Sequence[Replica], models: tuple[str, ...] = ()) -> None:
+        self._membership = Membership(1, tuple(replicas), models=models)
 
     async def watch(self, known: Membership | None) -> Membership:
         """At once; then never again."""
@@ -54,9 +55,12 @@ async def _serve(args: argparse.Namespace) -> None:
     if args.disaggregation is not None:
         fields["disaggregation"] = args.disaggregation
     server = GatewayServer(
-        node(Gateway, fields, at="gateway"),
+        GatewaySettings(
+            0,
+            node(Gateway, fields, at="gateway"),
+            tokenizers={replica.model: ("embedded", {}) for replica in replicas},
+        ),
         FixedMembership(replicas),
-        tokenizers={replica.model: ("embedded", {}) for replica in replicas},
     )
     host, port = server.bind()
     stopping = asyncio.Event()

@@ -26,9 +26,11 @@ import uvloop
 from headrace.backends.simulated import SimulatedBackend
 from headrace.config import Gateway, SimulatedEngine
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
+from headrace_bench.fixed_gateway import FixedMembership
 from headrace_bench.peers import REPOSITORY
 from headrace_bench.relay_report import machine
-from headrace_router.types import Membership, Replica, ReplicaId, Role
+from headrace_router.types import Replica, ReplicaId, Role
 
 REPLICAS = 4
 TOKENS_PER_S = 2000.0  # of prompts, of one replica
@@ -76,18 +78,6 @@ def arrivals(rng: Random, tenant: str, tokens_per_s: float, seconds: float) -> l
         sent.append(Sent(at_s, tenant, min(1600, max(100, tokens))))
 
 
-class _Fleet:
-    """A MembershipSource over simulated replicas that never change."""
-
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self._membership = Membership(1, tuple(replicas))
-
-    async def watch(self, known: Membership | None) -> Membership:
-        if known is not None:
-            await asyncio.Event().wait()
-        return self._membership
-
-
 @asynccontextmanager
 async def gateway(replicas: int) -> AsyncIterator[int]:
     """The port of a gateway before so many simulated replicas."""
@@ -106,7 +96,7 @@ async def gateway(replicas: int) -> AsyncIterator[int]:
             )
         )  # fmt: skip
     config = Gateway.model_validate({"port": 0, "access_log": False, "queue": QUEUE})
-    server = GatewayServer(config, _Fleet(present), internal_token="bench", dead_after_s=5.0)
+    server = GatewayServer(GatewaySettings(0, config, 5.0), FixedMembership(present), internal_token="bench")
     _, port = server.bind()
     await server.start()
     try:

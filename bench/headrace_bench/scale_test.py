@@ -25,11 +25,12 @@ import uvloop
 from headrace.backends import embedded_model
 from headrace.config import Gateway, SimulatedEngine
 from headrace.gateway.group import GatewayGroup
+from headrace.gateway.settings import GatewaySettings
 from headrace_bench.cpu_time import cpu_ns, resident_bytes
+from headrace_bench.fixed_gateway import FixedMembership
 from headrace_bench.scale_crowd import MODEL, Crowd
 from headrace_bench.scale_report import Index, Measured, Reading, render, value
 from headrace_bench.scale_streams import Streams
-from headrace_router.types import Membership, Replica
 
 HOME = Path(__file__).resolve().parent.parent
 NODES = 4
@@ -42,18 +43,6 @@ ENGINE = SimulatedEngine(
     prefill_token_s=1e-5,
     decode_sequence_s=0.0,
 )
-
-
-class FixedMembership:
-    """A MembershipSource of replicas that stay."""
-
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self._membership = Membership(1, tuple(replicas), models=(MODEL,))
-
-    async def watch(self, known: Membership | None) -> Membership:
-        if known is not None:
-            await asyncio.Event().wait()
-        return self._membership
 
 
 def read(group: GatewayGroup, streams: Streams) -> Reading:
@@ -86,11 +75,14 @@ async def measure(args: argparse.Namespace) -> str:
     replicas = [replica for found in await asyncio.gather(*starting) for replica in found]
     started_s = monotonic() - began_s
     group = GatewayGroup(
-        Gateway(port=0, access_log=False, processes=args.gateways),
-        FixedMembership(replicas),
+        GatewaySettings(
+            0,
+            Gateway(port=0, access_log=False, processes=args.gateways),
+            dead_after_s=10.0,
+            tokenizers={MODEL: (str(embedded_model.folder()), {})},
+        ),
+        FixedMembership(replicas, (MODEL,)),
         internal_token="scale",
-        dead_after_s=10.0,
-        tokenizers={MODEL: (str(embedded_model.folder()), {})},
     )
     _, port = group.bind()
     await group.start()

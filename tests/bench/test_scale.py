@@ -5,10 +5,11 @@ import asyncio
 from headrace.config import Gateway, SimulatedEngine
 from headrace.gateway.merged_metrics import Family, Sample
 from headrace.gateway.server import GatewayServer
-from headrace_bench.scale_crowd import Crowd
+from headrace.gateway.settings import GatewaySettings
+from headrace_bench.fixed_gateway import FixedMembership
+from headrace_bench.scale_crowd import MODEL, Crowd
 from headrace_bench.scale_report import Index, Measured, Reading, quantile_s, render, value
 from headrace_bench.scale_streams import Streams
-from headrace_bench.scale_test import FixedMembership
 
 ENGINE = SimulatedEngine(block_size=16, num_blocks=512, step_s=0.01, prefill_token_s=1e-5)
 
@@ -16,9 +17,8 @@ ENGINE = SimulatedEngine(block_size=16, num_blocks=512, step_s=0.01, prefill_tok
 async def test_streams_ask_again_until_they_are_stopped_and_the_index_knows_the_caches() -> None:
     crowd = Crowd()
     replicas = await crowd.start(0, 3, ENGINE.model_dump(), "here")
-    server = GatewayServer(
-        Gateway(port=0, access_log=False), FixedMembership(replicas), internal_token="scale", dead_after_s=10
-    )
+    settings = GatewaySettings(0, Gateway(port=0, access_log=False), dead_after_s=10)
+    server = GatewayServer(settings, FixedMembership(replicas, (MODEL,)), internal_token="scale")
     _, port = server.bind()
     await server.start()
     try:

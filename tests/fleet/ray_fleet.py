@@ -17,6 +17,7 @@ from headrace.fleet import cluster, warden
 from headrace.fleet.membership import ControllerMembership
 from headrace.fleet.status import FleetStatus
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace_router.types import Membership, Replica, ReplicaState
 
 PATIENCE_S = 60.0
@@ -91,7 +92,7 @@ class Fleet:
         """A client of a gateway that follows the controller. No try of it is repeated."""
         config = Gateway.model_validate({"port": 0, "access_log": False, "policy": "round_robin", **options})
         line = ControllerMembership(self.controller)
-        server = self.server = GatewayServer(config, line, internal_token=TOKEN, dead_after_s=5.0)
+        server = self.server = GatewayServer(GatewaySettings(0, config, 5.0), line, internal_token=TOKEN)
         host, port = server.bind()
         await server.start()
         try:

@@ -19,6 +19,7 @@ from headrace.gateway.asgi import RelayApp
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.demand import DemandSink
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace_router.types import BootId, Endpoints, LoadReport, Membership, Replica, ReplicaId, Role
 
 PATH = "/v1/completions"
@@ -340,9 +341,9 @@ async def open_front(
         limits=Limits(head_bytes=8192, body_bytes=settings.pop("body_bytes", 1024 * 1024)),
         **{"policy": "round_robin", **settings},
     )
-    server = GatewayServer(
-        config, source, internal_token="secret", dead_after_s=1e6, tenants=tenants, demand=demand
-    )
+    weights = {tenant.name: tenant.weight for tenant in tenants}
+    settings_now = GatewaySettings(0, config, dead_after_s=1e6, weights=weights)
+    server = GatewayServer(settings_now, source, internal_token="secret", demand=demand)
     _, port = server.bind()
     await server.start()
     assert server.context is not None

@@ -163,7 +163,7 @@ async def open_fleet(
     )
     if timeouts is not None:
         config = config.model_copy(update={"timeouts": timeouts})
-    fleet.server = GatewayServer(config, fleet, internal_token=TOKEN, dead_after_s=dead_after_s)
+    fleet.server = GatewayServer(GatewaySettings(0, config, dead_after_s), fleet, internal_token=TOKEN)
     _, fleet.port = fleet.server.bind()
     await fleet.server.start()
     try:

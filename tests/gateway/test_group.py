@@ -20,6 +20,7 @@ from headrace.config import Gateway
 from headrace.errors import FatalStartError
 from headrace.gateway.group import GatewayGroup
 from headrace.gateway.listening import bind
+from headrace.gateway.settings import GatewaySettings
 from headrace_router.types import Role
 
 PATH = "/v1/completions"
@@ -89,7 +90,7 @@ async def open_group(
     for name in ("u0", "u1"):
         await replicas.add(name, Role.UNIFIED, {**ENGINE, **(engine or {})})
     config = Gateway(port=0, access_log=False, policy="least_loaded", processes=processes)
-    group = GatewayGroup(config, replicas, internal_token=TOKEN, dead_after_s=5, settings=settings)
+    group = GatewayGroup(GatewaySettings(0, config, 5.0), replicas, internal_token=TOKEN, changes=settings)
     _, port = group.bind()
     await group.start()
     try:
@@ -195,7 +196,7 @@ async def test_a_port_that_somebody_serves_on_is_refused_also_where_he_shares_it
     async with open_group(2) as front:
         config = Gateway(port=front.port, processes=2)
         with pytest.raises(FatalStartError, match=f"cannot listen on 127.0.0.1:{front.port}"):
-            GatewayGroup(config, front.replicas).bind()
+            GatewayGroup(GatewaySettings(0, config), front.replicas).bind()
 
 
 def test_ports_are_shared_only_on_purpose() -> None:
@@ -213,10 +214,12 @@ PROGRAM = """
 import asyncio
 from headrace.config import Gateway
 from headrace.gateway.group import GatewayGroup
+from headrace.gateway.settings import GatewaySettings
 from headrace.gateway.static_fleet import StaticFleet
 
 async def main():
-    group = GatewayGroup(Gateway(port=0, policy="round_robin", processes=2), StaticFleet(["http://127.0.0.1:9"]))
+    settings = GatewaySettings(0, Gateway(port=0, policy="round_robin", processes=2))
+    group = GatewayGroup(settings, StaticFleet(["http://127.0.0.1:9"]))
     group.bind()
     await group.start()
     print(*group.process_ids, flush=True)

@@ -12,6 +12,7 @@ from disaggregated import ENGINE, MODEL, TOKEN, Fleet, Told
 
 from headrace.config import Config, Gateway, parse
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace_router.types import Role
 
 
@@ -30,7 +31,7 @@ async def serving() -> AsyncIterator[tuple[Fleet, Told]]:
     for number in range(2):
         await fleet.add(f"u{number}", Role.UNIFIED, ENGINE)
     first: Gateway = config().gateway
-    fleet.server = GatewayServer(first, fleet, internal_token=TOKEN, dead_after_s=5, settings=told)
+    fleet.server = GatewayServer(GatewaySettings(0, first, 5.0), fleet, internal_token=TOKEN, changes=told)
     _, fleet.port = fleet.server.bind()
     await fleet.server.start()
     try:

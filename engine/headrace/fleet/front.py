@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from headrace.config import Gateway
+from headrace.config import Config, Gateway
 from headrace.fleet import bring_up
 from headrace.fleet.fleet_run import FleetRun
 from headrace.gateway.group import GatewayGroup
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
+
+
+def settings_of(config: Config, address: Gateway | None = None) -> GatewaySettings:
+    """What a gateway before this fleet begins with. `address`: see `make_gateway`."""
+    return GatewaySettings(
+        0,
+        address or config.gateway,
+        config.fleet.dead_after_s,
+        bring_up.tokenizers(config),
+        {tenant.name: tenant.weight for tenant in config.tenants},
+    )
 
 
 def make_gateway(fleet: FleetRun, address: Gateway | None = None) -> GatewayServer | GatewayGroup:
@@ -14,19 +26,9 @@ def make_gateway(fleet: FleetRun, address: Gateway | None = None) -> GatewayServ
 
     `address`: with what the configuration does not say of where and how to listen.
     """
-    config = fleet.config
-    gateway = address or config.gateway
-    kind = GatewayServer if gateway.processes == 1 else GatewayGroup
-    return kind(
-        gateway,
-        fleet.membership,
-        dead_after_s=config.fleet.dead_after_s,
-        tokenizers=bring_up.tokenizers(config),
-        settings=fleet.membership,
-        collectors=(fleet.metrics,),
-        tenants=config.tenants,
-        demand=fleet.membership,
-    )
+    settings, line = settings_of(fleet.config, address), fleet.membership
+    kind = GatewayServer if settings.gateway.processes == 1 else GatewayGroup
+    return kind(settings, line, changes=line, demand=line, collectors=(fleet.metrics,))
 
 
 def url_of(host: str, port: int) -> str:

@@ -6,16 +6,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from headrace.config import Gateway
-from headrace.config_tenants import Tenant
 from headrace.gateway.access_log import AccessLog
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.demand import DemandMeter, DemandSink, DemandTeller
-from headrace.gateway.feeds import RETRY_S, FleetFeed, MembershipSource
-from headrace.gateway.settings import GatewaySettings, SettingsSource
+from headrace.gateway.feeds import FleetFeed, MembershipSource
+from headrace.gateway.following import news
+from headrace.gateway.settings import SETTINGS_FAILED, GatewaySettings, SettingsSource
 from headrace.gateway.timed_router import TimedRouter
 from headrace_router.disaggregation import Disaggregation, make_disaggregation
 from headrace_router.policies import make_policy
@@ -34,27 +34,19 @@ class GatewayCore:
 
     def __init__(
         self,
-        config: Gateway,
+        settings: GatewaySettings,
         source: MembershipSource,
         *,
-        dead_after_s: float = 0.8,
-        tokenizers: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
-        tenants: Iterable[Tenant] = (),
+        changes: SettingsSource | None = None,
         demand: DemandSink | None = None,
-        settings: SettingsSource | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dead_after_s`: silence that ends a replica's place in the view. `tokenizers`: by served name ("*": any
-        other), a model's source and engine arguments; without one a model's prompts are known by their text.
-        `demand`: who wants to know of the work that comes. `settings` tells of changes to the others, and `changed` is
-        called after each."""
+        """`changes` tells of other settings, and `changed` is called after each. `demand`: who wants to know of the
+        work that comes."""
         self._settings = settings
-        self._changed = changed
-        self._config = config
         self._source = source
-        self._dead_after_s = dead_after_s
-        self._tokenizers = tokenizers or {}
-        self._weights = {tenant.name: tenant.weight for tenant in tenants}
+        self._changes = changes
+        self._changed = changed
         self._demand = demand
         self._feed: FleetFeed | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,7 +60,7 @@ class GatewayCore:
     async def prepare(self, internal_token: str | None) -> GatewayContext:
         """Make the context. Nothing runs yet. `internal_token`: what the fleet's own replicas ask for."""
         loop = asyncio.get_running_loop()
-        config = self._config
+        settings, config = self._settings, self._settings.gateway
         policy, disaggregation = _deciders(config)
         prefixes = await self._prefixes(loop) if policy.reads_prefixes else None
         router = TimedRouter(
@@ -83,9 +75,9 @@ class GatewayCore:
             loop,
             prefixes=prefixes,
             authorization=None if internal_token is None else f"Bearer {internal_token}".encode(),
-            dead_after_s=self._dead_after_s,
+            dead_after_s=settings.dead_after_s,
             access_log=AccessLog(sys.stderr.buffer) if config.access_log else None,
-            weights=self._weights,
+            weights=settings.weights,
         )
         return self.context
 
@@ -100,8 +92,8 @@ class GatewayCore:
             await context.prefixes.loaded()
         self._tasks.append(context.loop.create_task(self._tick()))
         self._tasks.append(context.loop.create_task(self._write_log()))
-        if self._settings is not None:
-            self._tasks.append(context.loop.create_task(self._follow_settings(self._settings)))
+        if self._changes is not None:
+            self._tasks.append(context.loop.create_task(self._follow_settings(self._changes)))
         if self._demand is not None:
             meter = DemandMeter(context.router, context.metrics, context.admission)
             teller = DemandTeller(meter, context.admission, self._demand)
@@ -111,8 +103,8 @@ class GatewayCore:
         """Go by these settings from now on. Requests under way keep what they have begun with."""
         context = self.context
         assert context is not None, "prepare() comes first"
-        old, config = self._config, settings.gateway
-        self._config, self._tokenizers = config, settings.tokenizers
+        old, config = self._settings.gateway, settings.gateway
+        self._settings = settings
         context.go_by(config, settings.dead_after_s, settings.weights)
         if config.access_log != (context.access_log is not None):
             self._flush_log()
@@ -128,24 +120,17 @@ class GatewayCore:
         self._changed()
 
     async def _follow_settings(self, source: SettingsSource) -> None:
-        known: GatewaySettings | None = None
-        while True:
+        async for settings in news(source.settings, SETTINGS_FAILED):
             try:
-                settings = await source.settings(known)
-                if settings is not known:
-                    known = settings
-                    await self.take(settings)
-            except asyncio.CancelledError:
-                raise
+                await self.take(settings)
             except Exception as error:  # supervision boundary: the gateway serves on as it is
                 log.warning("settings could not be taken, serving on by the last ones: %s", error)
-                await asyncio.sleep(RETRY_S)
 
     async def _prefixes(self, loop: asyncio.AbstractEventLoop) -> Prefixes:
         # Imported here: it brings numba, and a gateway that only balances load starts without.
         from headrace.gateway.prefixes import Prefixes
 
-        return Prefixes(loop, _sources(self._tokenizers))
+        return Prefixes(loop, _sources(self._settings.tokenizers))
 
     async def _tick(self) -> None:
         while True:

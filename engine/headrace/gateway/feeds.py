@@ -15,12 +15,12 @@ import zmq
 
 from headrace.backends.load_publisher import decode_report
 from headrace.gateway.context import GatewayContext
+from headrace.gateway.following import news
 from headrace_router.types import Membership
 
 log = logging.getLogger(__name__)
 
-# A source that fails (the controller restarts) is asked again after this long; meanwhile the last view serves on.
-RETRY_S = 0.5
+MEMBERSHIP_FAILED = "membership source failed, serving on from the last view"
 
 
 class MembershipSource(Protocol):
@@ -59,19 +59,7 @@ class FleetFeed:
         self._loads.drain()
 
     async def _follow(self) -> None:
-        known: Membership | None = None
-        while True:
-            try:
-                membership = await self._source.watch(known)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # supervision boundary: gateways serve on from their last view
-                log.warning("membership source failed, serving on from the last view: %s", error)
-                await asyncio.sleep(RETRY_S)
-                continue
-            if membership is known:
-                continue
-            known = membership
+        async for membership in news(self._source.watch, MEMBERSHIP_FAILED):
             self._context.set_membership(membership)
             self._loads.follow(membership)
             self.first.set()

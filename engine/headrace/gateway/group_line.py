@@ -21,14 +21,21 @@ from headrace_router.types import Membership
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
+class Settings(msgspec.Struct, tag=True, frozen=True):
+    """What to go by from now on: `settings.GatewaySettings`."""
+
+    version: int
+    gateway: dict[str, Any]  # `config.Gateway`; its port is the one to share
+    dead_after_s: float
+    tokenizers: dict[str, tuple[str, dict[str, Any]]]
+    weights: dict[str, float]  # of the configured tenants
+
+
 class Order(msgspec.Struct, tag=True, frozen=True):
     """All that a gateway process needs to know. The first frame."""
 
-    gateway: dict[str, Any]  # `config.Gateway`; its port is the one to share
+    settings: Settings
     internal_token: str | None
-    dead_after_s: float
-    tokenizers: dict[str, tuple[str, dict[str, Any]]]
-    tenants: dict[str, float]  # weights by name
     tells_demand: bool  # whether somebody wants to know of the work that comes
     number: int  # of this process, from 0
     count: int
@@ -39,16 +46,6 @@ class Members(msgspec.Struct, tag=True, frozen=True):
     """The fleet as it now is."""
 
     membership: Membership
-
-
-class Settings(msgspec.Struct, tag=True, frozen=True):
-    """What to go by from now on: `settings.GatewaySettings`."""
-
-    version: int
-    gateway: dict[str, Any]
-    dead_after_s: float
-    tokenizers: dict[str, tuple[str, dict[str, Any]]]
-    weights: dict[str, float]  # of the configured tenants
 
 
 class Collect(msgspec.Struct, tag=True, frozen=True):

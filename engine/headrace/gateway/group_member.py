@@ -17,8 +17,8 @@ import msgspec
 import uvloop
 
 from headrace.config import Gateway
-from headrace.config_tenants import Tenant
 from headrace.errors import HeadraceError
+from headrace.gateway.following import Latest
 from headrace.gateway.group_choices import GroupChoices
 from headrace.gateway.group_line import (
     Ask,
@@ -44,42 +44,18 @@ from headrace_router.types import Membership
 _decoder: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)
 
 
-class LineMembership:
+class LineMembership(Latest[Membership]):
     """A MembershipSource that the supervisor feeds."""
 
-    def __init__(self) -> None:
-        self._current: Membership | None = None
-        self._news = asyncio.Event()
-
-    def tell(self, membership: Membership) -> None:
-        """A newer one."""
-        self._current = membership
-        self._news.set()
-
     async def watch(self, known: Membership | None) -> Membership:
-        while self._current is None or self._current is known:
-            self._news.clear()
-            await self._news.wait()
-        return self._current
+        return await self.after(known)
 
 
-class LineSettings:
+class LineSettings(Latest[GatewaySettings]):
     """A SettingsSource that the supervisor feeds."""
 
-    def __init__(self) -> None:
-        self._current: GatewaySettings | None = None
-        self._news = asyncio.Event()
-
-    def tell(self, settings: GatewaySettings) -> None:
-        """Newer ones."""
-        self._current = settings
-        self._news.set()
-
     async def settings(self, known: GatewaySettings | None) -> GatewaySettings:
-        while self._current is None or self._current is known:
-            self._news.clear()
-            await self._news.wait()
-        return self._current
+        return await self.after(known)
 
 
 class GroupMember:
@@ -119,13 +95,10 @@ class GroupMember:
     async def _start(self, order: Order) -> None:
         self._number = order.number
         server = self._server = GatewayServer(
-            self._gateway(order.gateway),
+            self._settings_of(order.settings),
             self._source,
             internal_token=order.internal_token,
-            dead_after_s=order.dead_after_s,
-            tokenizers=order.tokenizers,
-            settings=self._settings,
-            tenants=[Tenant(name=name, weight=weight) for name, weight in order.tenants.items()],
+            changes=self._settings,
             demand=self if order.tells_demand else None,
             group=self,
         )
@@ -143,10 +116,11 @@ class GroupMember:
         else:
             self._line.send(Serving())
 
-    def _gateway(self, told: dict[str, Any]) -> Gateway:
-        gateway = Gateway.model_validate(told, strict=False)
+    def _settings_of(self, told: Settings) -> GatewaySettings:
+        gateway = Gateway.model_validate(told.gateway, strict=False)
         # Lots of their own: gateways that break ties alike would send what comes at once to the same replica.
-        return gateway.model_copy(update={"seed": gateway.seed + self._number})
+        gateway = gateway.model_copy(update={"seed": gateway.seed + self._number})
+        return GatewaySettings(told.version, gateway, told.dead_after_s, told.tokenizers, told.weights)
 
     async def _drain(self, server: GatewayServer) -> None:
         while True:
@@ -173,9 +147,8 @@ class GroupMember:
                     return
                 case Members(membership):
                     self._source.tell(membership)
-                case Settings(version, told, dead_after_s, tokenizers, weights):
-                    gateway = self._gateway(told)
-                    self._settings.tell(GatewaySettings(version, gateway, dead_after_s, tokenizers, weights))
+                case Settings() as told:
+                    self._settings.tell(self._settings_of(told))
                 case Collect(number, decisions):
                     self._line.send(self._collected(number, decisions))
                 case Reply() as reply:

@@ -14,6 +14,7 @@ from headrace.config import Gateway, node
 from headrace.errors import ConfigError
 from headrace.gateway.group import GatewayGroup
 from headrace.gateway.server import GatewayServer
+from headrace.gateway.settings import GatewaySettings
 from headrace.gateway.static_fleet import StaticFleet
 from headrace_router.policies import POLICIES
 
@@ -85,7 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tokenizer is not None and not Path(args.tokenizer, "tokenizer.json").is_file():
         raise ConfigError(f"--tokenizer {args.tokenizer}: no tokenizer.json there; give the model's folder")
     kind = GatewayServer if config.processes == 1 else GatewayGroup
-    server = kind(config, source, tokenizers={} if args.tokenizer is None else {"*": (args.tokenizer, {})})
+    settings = GatewaySettings(
+        0, config, tokenizers={} if args.tokenizer is None else {"*": (args.tokenizer, {})}
+    )
+    server = kind(settings, source)
     host, port = server.bind()
     uvloop.run(_serve(server, source, host, port, args.drain_timeout))
     return 0

@@ -6,17 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from time import monotonic
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 from uvicorn.config import Config as UvicornConfig
 from uvicorn.server import ServerState
 
-from headrace.config import Gateway
-from headrace.config_tenants import Tenant
 from headrace.gateway.app import Group, build_app, make_registry
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.core import TICK_S, GatewayCore
@@ -24,7 +21,7 @@ from headrace.gateway.demand import DemandSink
 from headrace.gateway.feeds import MembershipSource
 from headrace.gateway.listening import bind
 from headrace.gateway.protocol import GatewayProtocol, protocol_factory
-from headrace.gateway.settings import SettingsSource
+from headrace.gateway.settings import GatewaySettings, SettingsSource
 
 log = logging.getLogger(__name__)
 
@@ -36,34 +33,22 @@ class GatewayServer:
 
     def __init__(
         self,
-        config: Gateway,
+        settings: GatewaySettings,
         source: MembershipSource,
         *,
         internal_token: str | None = None,
-        dead_after_s: float = 0.8,
-        tokenizers: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
-        settings: SettingsSource | None = None,
-        collectors: Iterable[Collector] = (),
-        tenants: Iterable[Tenant] = (),
+        changes: SettingsSource | None = None,
         demand: DemandSink | None = None,
+        collectors: Iterable[Collector] = (),
         group: Group | None = None,
     ) -> None:
-        """`internal_token`: what the fleet's own replicas ask for. `dead_after_s`: silence that ends a replica's
-        place in the view. `tokenizers`: by served name ("*": any other), a model's source and engine arguments;
-        without one a model's prompts are known by their text. `settings` tells when any of this changes.
-        `collectors`: what /metrics shows besides our own. `demand`: who wants to know of the work that comes. `group`:
-        the processes that share the port."""
-        self._config = config
+        """`internal_token`: what the fleet's own replicas ask for. `changes` tells of other settings. `demand`: who
+        wants to know of the work that comes. `collectors`: what /metrics shows besides our own. `group`: the processes
+        that share the port."""
+        self._config = settings.gateway
         self._group = group
         self._core = GatewayCore(
-            config,
-            source,
-            dead_after_s=dead_after_s,
-            tokenizers=tokenizers,
-            tenants=tenants,
-            demand=demand,
-            settings=settings,
-            changed=self._limits_changed,
+            settings, source, changes=changes, demand=demand, changed=self._limits_changed
         )
         self._token = internal_token
         self.registry: CollectorRegistry | None = None  # of a gateway that has started

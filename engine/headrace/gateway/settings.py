@@ -1,4 +1,4 @@
-"""What a gateway goes by and may be told anew while it serves: all of its configuration but its address."""
+"""What a gateway goes by, and may be told anew while it serves: then all of it but its address."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 from headrace.config import Gateway
 
+SETTINGS_FAILED = "settings could not be read, serving on by the last ones"
+
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """At one version. Versions only grow."""
+    """At one version."""
 
-    version: int
+    version: int  # grows with each change
     gateway: Gateway
     dead_after_s: float = 0.8  # silence that ends a replica's place in the view
     tokenizers: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)

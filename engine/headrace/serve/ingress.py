@@ -10,7 +10,7 @@ from ray import serve
 
 from headrace.config import Config
 from headrace.errors import ReplicaUnhealthy
-from headrace.fleet import bring_up
+from headrace.fleet.front import settings_of
 from headrace.fleet.membership import ControllerMembership
 from headrace.gateway.app import build_app
 from headrace.gateway.asgi import App, Message, Receive, RelayApp, Send
@@ -33,15 +33,7 @@ class HeadraceIngress:
         controller, token = await join(config, FleetOwner(here.app_name, here.deployment))
         self._fleet, self._controller = config.fleet.name, controller
         membership = ControllerMembership(controller)
-        self._core = GatewayCore(
-            config.gateway,
-            membership,
-            dead_after_s=config.fleet.dead_after_s,
-            tokenizers=bring_up.tokenizers(config),
-            tenants=config.tenants,
-            demand=membership,
-            settings=membership,
-        )
+        self._core = GatewayCore(settings_of(config), membership, changes=membership, demand=membership)
         context = await self._core.prepare(token)
         await self._core.start()
         self._app: App = RelayApp(build_app(context), context)
