@@ -5,22 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+import ray_fleet
+from ray_fleet import PATIENCE_S
 
 from headrace.config import parse
 from headrace.fleet import cluster, warden
-from headrace.fleet.membership import ControllerMembership
-from headrace.fleet.status import FleetStatus
 from headrace_router.types import Membership
 
 pytestmark = pytest.mark.ray
 
 NUM_REPLICAS = 3
-PATIENCE_S = 60.0
 
 CONFIG = parse(
     {
@@ -30,26 +27,9 @@ CONFIG = parse(
 )
 
 
-@dataclass
-class Fleet:
-    connection: cluster.Connection
-    controller: Any
-
-    async def until(self, holds: Callable[[Membership], bool]) -> Membership:
-        """The first membership of which `holds` is true, by long poll."""
-        source = ControllerMembership(self.controller)
-        async with asyncio.timeout(PATIENCE_S):
-            membership = await source.watch(None)
-            while not holds(membership):
-                membership = await source.watch(membership)
-        return membership
-
+class Fleet(ray_fleet.Fleet):
     async def complete(self) -> Membership:
         return await self.until(lambda membership: len(membership.replicas) == NUM_REPLICAS)
-
-    async def status(self) -> FleetStatus:
-        status: FleetStatus = await self.controller.status.remote()
-        return status
 
 
 @pytest.fixture(scope="module")
