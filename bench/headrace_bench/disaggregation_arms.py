@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from headrace_bench.handing_over import HandingOver
 from headrace_bench.scenario import Scenario
+from headrace_bench.study_results import FlatRun
 from headrace_router.disaggregation import ALWAYS_REMOTE, PER_REQUEST, THRESHOLD
 
 NUM_REPLICAS = 8
@@ -51,7 +52,7 @@ def study_arms() -> list[Arm]:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(FlatRun):
     """One run. Seconds and shares."""
 
     arm: str

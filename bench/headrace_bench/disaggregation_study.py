@@ -9,13 +9,10 @@ that makes the figures has changed. One process; about 2 s per 3,000 requests an
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +24,7 @@ from headrace_bench.disaggregation_report import NEAR, draw, fronts, render
 from headrace_bench.load_plots import require_matplotlib
 from headrace_bench.policy_study import HOME, TRACES
 from headrace_bench.scenario import Scenario
-from headrace_bench.study_results import fingerprint
+from headrace_bench.study_results import Results, fingerprint
 from headrace_bench.timing_profile import DEFAULT_ENGINE
 from headrace_bench.trace import read_trace, truncate
 
@@ -52,17 +49,17 @@ def _study(args: argparse.Namespace, words: Sequence[str]) -> int:
     base = Scenario(truncate(read_trace(args.trace), args.requests), DEFAULT_ENGINE, NUM_REPLICAS)
     setting = {"requests": args.requests or "all", "code": fingerprint()}
     stem = Path(args.out)
-    done = _resume(stem.with_suffix(".json"), setting)
+    results = Results.resume(stem.with_suffix(".json"), Outcome, setting)
     # Seed by seed: an early stop leaves every cell with the same seeds.
     todo = [
         (arm, speed, seed)
         for seed in range(args.seeds)
         for speed in args.speeds
         for arm in arms
-        if (arm.name, speed, seed) not in done
+        if (arm.name, speed, seed) not in results.runs
     ]
-    _run_all(todo, base, done, stem.with_suffix(".json"), setting)
-    outcomes = [done[key] for key in sorted(done)]
+    _run_all(todo, base, results)
+    outcomes = results.in_order()
     names = [arm.name for arm in study_arms() if any(one.arm == arm.name for one in outcomes)]
     command = shlex.join(["python", "-m", "headrace_bench.disaggregation_study", *words])
     said = f"the first {setting['requests']} requests, code {setting['code']}"
@@ -75,13 +72,7 @@ def _study(args: argparse.Namespace, words: Sequence[str]) -> int:
     return 2 if short else 0
 
 
-def _run_all(
-    todo: Sequence[tuple[Arm, float, int]],
-    base: Scenario,
-    done: dict[tuple[str, float, int], Outcome],
-    path: Path,
-    setting: dict[str, object],
-) -> None:
+def _run_all(todo: Sequence[tuple[Arm, float, int]], base: Scenario, results: Results[Outcome]) -> None:
     screen = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     written_s = time.monotonic()
@@ -90,36 +81,13 @@ def _run_all(
         try:
             for arm, speed, seed in todo:
                 bar.update(task, description=f"{speed:g}x: {arm.name}")
-                outcome = run_arm(arm, base, speed, seed)
-                done[outcome.key] = outcome
+                results.add(run_arm(arm, base, speed, seed))
                 bar.update(task, advance=1)
                 if time.monotonic() - written_s > WRITE_EVERY_S:
-                    _write(path, setting, done)
+                    results.write()
                     written_s = time.monotonic()
         finally:
-            _write(path, setting, done)
-
-
-def _resume(path: Path, setting: dict[str, object]) -> dict[tuple[str, float, int], Outcome]:
-    """What `path` holds if it is of the same setting (code included), else nothing."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    if data.get("setting") != setting:
-        return {}
-    outcomes = [Outcome(**dict(zip(data["columns"], row, strict=True))) for row in data["runs"]]
-    return {one.key: one for one in outcomes}
-
-
-def _write(path: Path, setting: dict[str, object], done: dict[tuple[str, float, int], Outcome]) -> None:
-    columns = [field.name for field in fields(Outcome)]
-    rows = ",\n".join(json.dumps(astuple(done[key])) for key in sorted(done))
-    head = f'{{"setting": {json.dumps(setting)},\n"columns": {json.dumps(columns)},\n"runs": [\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(f"{head}{rows}\n]}}\n")
-    os.replace(unfinished, path)
+            results.write()
 
 
 def _parser() -> argparse.ArgumentParser:

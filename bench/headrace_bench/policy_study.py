@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headrace.errors import CallerError, HeadraceError
 from headrace_bench.study_cells import Cell, Traces, cell_ceilings, cell_scenario, study_cells
+from headrace_bench.study_figures import Figures
 from headrace_bench.study_report import by_cell, render, shortfalls
-from headrace_bench.study_results import Figures, Results, fingerprint
+from headrace_bench.study_results import Results, fingerprint
 from headrace_router.policies import POLICIES
 
 HOME = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def _study(args: argparse.Namespace) -> int:
     traces.check()
     setting = {"requests": args.requests or "all", "code": fingerprint()}
     stem = Path(args.out)
-    results = Results.resume(stem.with_suffix(".json"), setting)
+    results = Results.resume(stem.with_suffix(".json"), Figures, setting)
     # Seed by seed: an early stop leaves every cell with the same seeds.
     todo = [
         (cell, policy, seed)
@@ -75,7 +76,7 @@ def _study(args: argparse.Namespace) -> int:
     ]
     _run_all(todo, traces, results, args.processes)
     order = [cell.name for cell in study_cells()]
-    runs = [results.runs[key] for key in sorted(results.runs)]
+    runs = results.in_order()
     command = shlex.join(["python", "-m", "headrace_bench.policy_study", *args.words])
     stem.with_suffix(".md").write_text(render(runs, order, command, setting))
     said = [
@@ -89,7 +90,9 @@ def _study(args: argparse.Namespace) -> int:
     return 2 if said else 0
 
 
-def _run_all(todo: Sequence[tuple[Cell, str, int]], traces: Traces, results: Results, processes: int) -> None:
+def _run_all(
+    todo: Sequence[tuple[Cell, str, int]], traces: Traces, results: Results[Figures], processes: int
+) -> None:
     if not todo:
         return
     screen = Console(stderr=True)

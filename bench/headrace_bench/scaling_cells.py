@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from headrace.config import SimulatedEngine
 from headrace_bench.scaling_arms import OURS, Arm
@@ -44,11 +45,15 @@ per sequence for a decode step, room for 49,152 tokens. A prompt of 4,100 tokens
 COMMON = (
     "headrace.backends.simulated_cache",
     "headrace.backends.simulated_engine",
+    "headrace.backends.simulated_leap",
     "headrace.backends.simulated_report",
     "headrace.backends.simulated_sequence",
     "headrace.backends.timing_model",
     "headrace.fleet.scaling_sample",
+    "headrace.gateway.demand",
+    "headrace.gateway.metrics",
     "headrace_bench.scaled_replicas",
+    "headrace_bench.scalers.one_by_one",
     "headrace_bench.scaling_fleet",
     "headrace_bench.scaling_run",
     "headrace_bench.scaling_sample",
@@ -103,20 +108,20 @@ class Outcome:
     def key(self) -> tuple[str, float, str, int]:
         return self.workload, self.cold_start_s, self.arm, self.seed
 
-    def row(self) -> list[object]:
+    def row(self) -> list[Any]:
         """For the file: rounded, people read it too."""
         values = asdict(self.figures).values()
         rounded = [round(value, 5) if isinstance(value, float) else value for value in values]
         return [self.workload, self.cold_start_s, self.arm, self.seed, self.code, *rounded]
 
     @classmethod
-    def of_row(cls, row: Sequence[object]) -> Outcome:
-        return cls(*row[:5], ScalingFigures(*row[5:]))  # type: ignore[arg-type, call-arg]
+    def columns(cls) -> list[str]:
+        figures = [field.name for field in fields(ScalingFigures)]
+        return ["workload", "cold_start_s", "arm", "seed", "code", *figures]
 
-
-COLUMNS = (
-    "workload", "cold_start_s", "arm", "seed", "code", *(field.name for field in fields(ScalingFigures)),
-)  # fmt: skip
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> Outcome:
+        return cls(*row[:5], ScalingFigures(*row[5:]))  # type: ignore[call-arg]
 
 
 def study_cells() -> list[Cell]:

@@ -9,8 +9,6 @@ run is made anew when the code that makes it has changed. One process; about 10 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 import time
@@ -24,16 +22,15 @@ from headrace.errors import CallerError, HeadraceError
 from headrace_bench.load_plots import require_matplotlib
 from headrace_bench.policy_study import HOME, TRACES
 from headrace_bench.scaling_arms import OURS, Arm, study_arms
-from headrace_bench.scaling_cells import COLD_STARTS_S, COLUMNS, Cell, Outcome, code_of, run_arm, study_cells
+from headrace_bench.scaling_cells import COLD_STARTS_S, Cell, Outcome, code_of, run_arm, study_cells
 from headrace_bench.scaling_report import better_than, draw, means_of, render
+from headrace_bench.study_results import Results
 
 WRITE_EVERY_S = 20.0
 
 TUNED = """Ours: the autoscaler's windows and drain time were chosen on *bursty* of seed 100, which is not among those
 reported; its settings (`ScalingSpec`) are the defaults, and a smaller and a larger headroom. The others' settings were
 chosen to show each at its best that a few tries found, on the reported loads' engine."""
-
-Key = tuple[str, float, str, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +57,7 @@ def _study(args: argparse.Namespace, words: Sequence[str]) -> int:
     if not cells:
         raise CallerError("no cell's name holds what --cells asks for")
     stem = Path(args.out)
-    done = _resume(stem.with_suffix(".json"))
+    results = Results.resume(stem.with_suffix(".json"), Outcome)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     # Seed by seed, scaler by scaler: an early stop leaves every cell with the same ones.
     todo = [
@@ -68,11 +65,11 @@ def _study(args: argparse.Namespace, words: Sequence[str]) -> int:
         for seed in seeds
         for arm in sorted(arms, key=lambda arm: bool(arm.setting))  # defaults first
         for cell in cells
-        if not _is_known(done, cell, arm, seed)
+        if not _is_known(results, cell, arm, seed)
     ]
-    _run_all(todo, Path(args.trace), done, stem.with_suffix(".json"), args.budget)
+    _run_all(todo, Path(args.trace), results, args.budget)
     named = {arm.name for arm in study_arms()}
-    outcomes = [done[key] for key in sorted(done) if key[2] in named]
+    outcomes = [one for one in results.in_order() if one.arm in named]
     # Where a stop left a cell with more seeds for some, only those that all have are compared.
     shared = _shared(outcomes)
     command = shlex.join(["python", "-m", "headrace_bench.scaling_study", *words])
@@ -89,8 +86,8 @@ def _study(args: argparse.Namespace, words: Sequence[str]) -> int:
     return 2 if short else 0
 
 
-def _is_known(done: dict[Key, Outcome], cell: Cell, arm: Arm, seed: int) -> bool:
-    outcome = done.get((cell.workload, cell.cold_start_s, arm.name, seed))
+def _is_known(results: Results[Outcome], cell: Cell, arm: Arm, seed: int) -> bool:
+    outcome = results.runs.get((cell.workload, cell.cold_start_s, arm.name, seed))
     return outcome is not None and outcome.code == code_of(arm)
 
 
@@ -104,7 +101,7 @@ def _shared(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _run_all(
-    todo: Sequence[tuple[Cell, Arm, int]], trace: Path, done: dict[Key, Outcome], path: Path, budget_s: float
+    todo: Sequence[tuple[Cell, Arm, int]], trace: Path, results: Results[Outcome], budget_s: float
 ) -> None:
     screen = Console(stderr=True)
     began_s = written_s = time.monotonic()
@@ -113,19 +110,19 @@ def _run_all(
             if time.monotonic() - began_s > budget_s:
                 screen.print(f"{len(todo) - number} runs are left for the next start", highlight=False)
                 return
-            if _is_known(done, cell, arm, seed):
+            if _is_known(results, cell, arm, seed):
                 continue  # a fixed fleet, known from another cold start
             for outcome in _same_everywhere(run_arm(cell, arm, seed, trace), arm):
-                done[outcome.key] = outcome
+                results.add(outcome)
             now_s = time.monotonic()
             if now_s - written_s > WRITE_EVERY_S:
-                _write(path, done)
+                results.write()
                 written_s = now_s
                 screen.print(
                     f"{now_s - began_s:.0f} s: {number + 1}/{len(todo)}, {arm.name}", highlight=False
                 )
     finally:
-        _write(path, done)
+        results.write()
 
 
 def _same_everywhere(outcome: Outcome, arm: Arm) -> list[Outcome]:
@@ -133,25 +130,6 @@ def _same_everywhere(outcome: Outcome, arm: Arm) -> list[Outcome]:
     if arm.family != "fixed":
         return [outcome]
     return [replace(outcome, cold_start_s=cold_s) for cold_s in COLD_STARTS_S]
-
-
-def _resume(path: Path) -> dict[Key, Outcome]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    if data.get("columns") != list(COLUMNS):
-        return {}
-    outcomes = [Outcome.of_row(row) for row in data["runs"]]
-    return {one.key: one for one in outcomes}
-
-
-def _write(path: Path, done: dict[Key, Outcome]) -> None:
-    rows = ",\n".join(json.dumps(done[key].row()) for key in sorted(done))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(f'{{"columns": {json.dumps(list(COLUMNS))},\n"runs": [\n{rows}\n]}}\n')
-    os.replace(unfinished, path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from headrace_bench.study_results import Figures
+from headrace_bench.study_figures import Figures
 
 OURS = "delay"
 NEAR = 1.03

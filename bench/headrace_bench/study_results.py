@@ -1,6 +1,6 @@
-"""What the policy study keeps: the figures of every run, in one JSON file that grows run by run.
+"""What a study keeps: the figures of every run, in one JSON file that grows run by run.
 
-A run is kept with a fingerprint of the code that made it; runs of other code are not taken over.
+Runs are kept with a fingerprint of the code that made them; those of other code are not taken over.
 """
 
 from __future__ import annotations
@@ -8,19 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from headrace_bench.simulate_summary import SimulationSummary
-from headrace_bench.study_cells import Cell
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 SOURCES = (
     "headrace_router",
     "headrace_kernels",
     "headrace.backends.simulated_engine",
+    "headrace.backends.simulated_leap",
     "headrace.backends.simulated_cache",
     "headrace.backends.simulated_sequence",
     "headrace.backends.simulated_report",
@@ -40,78 +38,82 @@ SOURCES = (
 """Whatever can change a figure."""
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One run: a cell, a policy, a seed. Seconds and shares."""
-
-    cell: str
-    policy: str
-    seed: int
-    speed: float
-    pooled: float  # hit rate ceilings
-    infinite: float
-    ttft_s: float
-    ttft_p99_s: float
-    itl_s: float
-    itl_p99_s: float
-    e2e_s: float
-    e2e_p99_s: float
-    hit_rate: float
-    goodput: float
-    imbalance: float
-
-    @classmethod
-    def of(
-        cls, cell: Cell, summary: SimulationSummary, speed: float, pooled: float, infinite: float
-    ) -> Figures:
-        """Rounded: a file of a thousand runs is read by people too."""
-        ttft, itl, e2e = summary.ttft_s, summary.itl_s, summary.e2e_s
-        assert ttft is not None and itl is not None and e2e is not None
-        numbers = (
-            speed, pooled, infinite, ttft.mean, ttft.p99, itl.mean, itl.p99, e2e.mean, e2e.p99,
-            summary.hit_rate, summary.goodput_share, summary.imbalance.prefill_tokens,
-        )  # fmt: skip
-        return cls(cell.name, summary.policy, summary.seed, *(round(number, 5) for number in numbers))
+class Run(Protocol):
+    """One run of a study, as a row of its file."""
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.cell, self.policy, self.seed
+    def key(self) -> tuple[Any, ...]:
+        """What was run. Another run of the same takes its place."""
+        ...
+
+    def row(self) -> list[Any]:
+        """Its columns' values."""
+        ...
+
+    @classmethod
+    def columns(cls) -> list[str]: ...
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> Self: ...
+
+
+class FlatRun:
+    """Rows of a dataclass whose fields are the columns."""
+
+    def row(self) -> list[Any]:
+        return [getattr(self, column) for column in self.columns()]
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> Self:
+        return cls(*row)
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 @dataclass(slots=True)
-class Results:
-    """Mutable: `add` and `write`."""
+class Results(Generic[AnyRun]):
+    """Of runs of one kind. Mutable: `add` and `write`."""
 
     path: Path
-    setting: dict[str, Any]
-    runs: dict[tuple[str, str, int], Figures] = field(default_factory=dict)
+    kind: type[AnyRun]
+    setting: Mapping[str, Any] | None  # None: runs say themselves what made them
+    runs: dict[tuple[Any, ...], AnyRun] = field(default_factory=dict)
 
     @classmethod
-    def resume(cls, path: Path, setting: dict[str, Any]) -> Results:
-        """The results in `path` if they are of the same setting (code included), else none."""
-        results = cls(path, setting)
+    def resume(
+        cls, path: Path, kind: type[AnyRun], setting: Mapping[str, Any] | None = None
+    ) -> Results[AnyRun]:
+        """The results in `path` if they are of the same columns and setting (code included), else none."""
+        results = cls(path, kind, setting)
         try:
             data = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError):
             return results
-        if data.get("setting") == setting:
+        if data.get("setting") == setting and data.get("columns") == kind.columns():
             for row in data["runs"]:
-                figures = Figures(**dict(zip(data["columns"], row, strict=True)))
-                results.runs[figures.key] = figures
+                results.add(kind.of_row(row))
         return results
 
-    def add(self, figures: Figures) -> None:
-        self.runs[figures.key] = figures
+    def add(self, run: AnyRun) -> None:
+        self.runs[run.key] = run
+
+    def in_order(self) -> list[AnyRun]:
+        """By their keys."""
+        return [self.runs[key] for key in sorted(self.runs)]
 
     def write(self) -> None:
         """The whole file, or nothing of it: an interrupted write leaves the old one. Raises `OSError`."""
-        columns = list(Figures.__dataclass_fields__)
-        rows = [[getattr(self.runs[key], column) for column in columns] for key in sorted(self.runs)]
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        head = f'{{"setting": {json.dumps(self.setting)},\n"columns": {json.dumps(columns)},\n"runs": [\n'
+        rows = ",\n".join(json.dumps(run.row()) for run in self.in_order())
+        setting = "" if self.setting is None else f'"setting": {json.dumps(self.setting)},\n'
+        columns = json.dumps(self.kind.columns())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(f"{head}{lines}\n]}}\n")
+        unfinished.write_text(f'{{{setting}"columns": {columns},\n"runs": [\n{rows}\n]}}\n')
         os.replace(unfinished, self.path)
 
 

@@ -22,36 +22,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 from math import inf
-from typing import NamedTuple
 
 from headrace.backends.simulated_cache import CacheEvent, SimulatedCache
+from headrace.backends.simulated_leap import Leap, leap
 from headrace.backends.simulated_sequence import Sequence, Step
 from headrace.backends.timing_model import TimingModel
 from headrace.config import SimulatedEngine as Settings
-
-
-class _Leap(NamedTuple):
-    rounds: int
-    duration_s: float
-    context_tokens: int
-
-
-def _fewest_rounds(first_s: float, growth_s: float, horizon_s: float, most: int) -> int:
-    """The fewest rounds, 1 to `most`, that take at least `horizon_s` when each takes `growth_s` longer."""
-
-    def duration_s(rounds: int) -> float:
-        return rounds * first_s + growth_s * (rounds * (rounds - 1) // 2)
-
-    if duration_s(most - 1) < horizon_s:
-        return most
-    low, high = 1, most - 1
-    while low < high:
-        middle = (low + high) // 2
-        if duration_s(middle) >= horizon_s:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 class SimulatedEngine:
@@ -198,8 +174,8 @@ class SimulatedEngine:
         """
         if not self._running and not self._waiting:
             return None
-        if horizon_s > 0 and (leap := self._plan_leap(horizon_s)) is not None:
-            return self._leap(leap)
+        if horizon_s > 0 and (planned := self._plan_leap(horizon_s)) is not None:
+            return self._leap(planned)
         admitted: dict[str, int] = {}
         preempted: list[str] = []
         scheduled: list[Sequence] = []
@@ -276,8 +252,8 @@ class SimulatedEngine:
         Does not mutate, so a simulator can wait for that moment, or for an arrival before it, and then `step`
         with a horizon of the time that has passed.
         """
-        leap = self._plan_leap(inf)
-        return 0.0 if leap is None else leap.duration_s
+        planned = self._plan_leap(inf)
+        return 0.0 if planned is None else planned.duration_s
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, queues and booked tokens all add up."""
@@ -298,7 +274,7 @@ class SimulatedEngine:
             assert sequence.is_external or name not in self._receiving
         assert not any(sequence.blocks for sequence in self._waiting.values())
 
-    def _plan_leap(self, horizon_s: float) -> _Leap | None:
+    def _plan_leap(self, horizon_s: float) -> Leap | None:
         """Several iterations in one, while every sequence decodes. None when one prefills or needs a block, or
         when the queue's head may be admitted."""
         running = self._running
@@ -318,16 +294,10 @@ class SimulatedEngine:
             context_tokens += sequence.computed
         if most < 1:
             return None
-        # Each round attends to one token more per sequence: k rounds take k·first + growth·k(k-1)/2.
-        first_s = self.timing.duration_s(0, num_running, context_tokens)
-        growth_s = self.timing.context_token_s * num_running
-        rounds = _fewest_rounds(first_s, growth_s, horizon_s, most)
-        duration_s = rounds * first_s + growth_s * (rounds * (rounds - 1) // 2)
-        total_context = rounds * context_tokens + num_running * (rounds * (rounds - 1) // 2)
-        return _Leap(rounds, duration_s, total_context)
+        return leap(self.timing, num_running, context_tokens, horizon_s, most)
 
-    def _leap(self, leap: _Leap) -> Step:
-        running, rounds = self._running, leap.rounds
+    def _leap(self, planned: Leap) -> Step:
+        running, rounds = self._running, planned.rounds
         finished = []
         for sequence in running:
             self._compute(sequence, rounds)
@@ -339,10 +309,10 @@ class SimulatedEngine:
         self.generation_tokens_total += len(emitted) * rounds
         events = self.cache.take_events()
         return Step(
-            leap.duration_s,
+            planned.duration_s,
             0,
             len(emitted),
-            leap.context_tokens,
+            planned.context_tokens,
             emitted,
             finished,
             {},
