@@ -282,6 +282,33 @@ def test_replicas_that_do_not_serve_are_replaced_at_once() -> None:
     assert len(one.drained) == 3
 
 
+def test_a_pool_that_grows_into_the_room_of_anothers_successor_is_not_waited_for() -> None:
+    one = world(pool_of(2, "a"), pool_of(1, "b"), room=3)
+    grown, first = False, next(iter(one.plan.pools))
+    one.plan = one.plan.having(replace(one.plan.pools[first], target=1))
+    for _ in range(100):
+        b = next(pool for key, pool in one.plan.pools.items() if key != first)
+        if b.surge and not grown:
+            grown = True
+            one.plan = one.plan.having(replace(one.plan.pools[first], target=2))
+        one.round()
+    assert grown
+    assert one.rollout.state is RolloutState.DONE
+    assert sources(one) == {"new"}
+    assert len(one.replicas) == 3
+
+
+def test_a_pool_without_room_to_grow_does_not_hold_up_the_next() -> None:
+    one = world(pool_of(1, "a"), pool_of(1, "b"), room=2)
+    first = next(iter(one.plan.pools))
+    one.plan = one.plan.having(replace(one.plan.pools[first], target=3))
+    for _ in range(100):
+        one.round()
+    assert one.rollout.state is RolloutState.ROLLING, "what was asked for is not there"
+    assert {r.spec.source for r in one.replicas.values() if r.state is READY} == {"new"}
+    assert len([r for r in one.replicas.values() if r.state is READY]) == 2
+
+
 @given(
     counts=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     spare=st.integers(0, 3),

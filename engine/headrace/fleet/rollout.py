@@ -90,7 +90,9 @@ def advance(plan: FleetPlan, rollout: Rollout, fleet: Fleet, now_s: float) -> tu
     """The plan and the rollout after this round. The same two while something is being waited for."""
     if not rollout.is_rolling:
         return plan, rollout
-    for key in rollout.pools:
+    is_whole = True
+    # What has been begun first: a successor beside its predecessor holds room that another pool may wait for.
+    for key in sorted(rollout.pools, key=lambda key: not (key in plan.pools and plan.pools[key].surge)):
         pool, present = plan.pools.get(key), fleet.get(key, {})
         if pool is None:  # no longer configured: its replicas go, and that is all
             if present:
@@ -100,11 +102,15 @@ def advance(plan: FleetPlan, rollout: Rollout, fleet: Fleet, now_s: float) -> tu
             return plan.having(_without_surge(pool, present)), replace(
                 rollout, state=RolloutState.STOPPED, reason=failed
             )
-        if not pool.outdated and not pool.surge and not _is_settling(pool, present):
-            continue
+        if not pool.outdated and not pool.surge:
+            if not _is_settling(pool, present):
+                continue
+            if _lacks_room_alone(pool, present):  # perhaps for long, and the others need not wait with it
+                is_whole = False
+                continue
         stepped, rollout = _step(pool, rollout, present, now_s)
         return plan.having(stepped), rollout
-    return plan, replace(rollout, state=RolloutState.DONE, reason="")
+    return plan, replace(rollout, state=RolloutState.DONE, reason="") if is_whole else rollout
 
 
 def _step(
@@ -121,11 +127,14 @@ def _step(
         return _relieved(pool, present, len(ready)), rollout
     if not pool.outdated or _is_leaving(pool, present):
         return pool, rollout
-    if rollout.pace.surge and pool.key not in rollout.without_room:
+    roomless = {n for n in pool.members if n in present and present[n].observed.waits_for_room}
+    if rollout.pace.surge and pool.key not in rollout.without_room and not roomless:
         is_whole = len(ready) == len(pool.members)
         count = min(rollout.pace.surge, len(pool.outdated))
         return _surged(pool, present, count) if is_whole else pool, rollout
-    allowed = len(ready) - (pool.wanted - rollout.pace.max_unavailable)
+    # Those for which there is no room are missing on nobody's account.
+    attainable = min(pool.wanted, len(pool.members) - len(roomless))
+    allowed = len(ready) - (attainable - rollout.pace.max_unavailable)
     return _succeeded(pool, _first_to_go(pool, present, allowed)), rollout
 
 
@@ -192,6 +201,16 @@ def _is_settling(pool: PoolPlan, present: Mapping[int, Present]) -> bool:
     if len(pool.members) != pool.wanted + pool.surge:
         return True
     return _is_leaving(pool, present) or any(not _is_ready(present, number) for number in pool.members)
+
+
+def _lacks_room_alone(pool: PoolPlan, present: Mapping[int, Present]) -> bool:
+    """Whether all that it lacks of what the plan asks for is room."""
+    if len(pool.members) != pool.wanted or _is_leaving(pool, present):
+        return False
+    return all(
+        number in present and (present[number].is_ready or present[number].observed.waits_for_room)
+        for number in pool.members
+    )
 
 
 def _waits_for_room(pool: PoolPlan, present: Mapping[int, Present], now_s: float) -> bool:
