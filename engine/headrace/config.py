@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from headrace.backends.kv_connectors import NIXL
+from headrace.backends.ports import PortRange
 from headrace.config_autoscale import Autoscale
 from headrace.config_file import ConfigFile
 from headrace.config_problems import Problem, describe
@@ -72,6 +73,10 @@ class Pool(Tree):
         None,
         min_length=1,
         description="Kind of its GPUs, by Ray's name: `H100`. By default any; with quotas the tenant's only kind.",
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Of Ray's nodes: only on those with all of these labels. `{ray.io/accelerator-type: H100}`.",
     )
 
 
@@ -145,6 +150,16 @@ class Model(Tree):
         return self.kv_transfer
 
 
+def _of_range_form(text: str) -> str:
+    try:
+        PortRange.parse(text)
+    except ValueError:
+        raise PydanticCustomError(
+            "range_form", "not two ports as in 20000-20999, from 1024 to 65535"
+        ) from None
+    return text
+
+
 class Fleet(Tree):
     """The replicas as a whole."""
 
@@ -163,9 +178,17 @@ class Fleet(Tree):
         60.0, gt=0, le=3600, description="Longest wait before a replacement."
     )
     quota: QuotaSettings = QuotaSettings()
+    ports: Annotated[str, AfterValidator(_of_range_form)] | None = Field(
+        None,
+        description="`20000-20999`: TCP ports that replicas listen on, each on five at most. Absent: any.",
+    )
     simulated_nodes: Annotated[tuple[SimulatedNode, ...], Lenient] = Field(
         (), description="Where simulated replicas share tensor_parallel * pipeline_parallel GPUs each."
     )
+
+    @property
+    def port_range(self) -> PortRange | None:
+        return None if self.ports is None else PortRange.parse(self.ports)
 
 
 class Limits(Tree):
@@ -242,7 +265,12 @@ class Gateway(Tree):
         "127.0.0.1", description="Address to listen on: an IP address or a host name."
     )
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
-    processes: int = Field(1, ge=1, le=64, description="Gateway processes on this node that share the port.")
+    processes: int = Field(1, ge=1, le=64, description="Gateway processes on one node that share the port.")
+    nodes: Literal["here", "every"] | dict[str, str] = Field(
+        "here",
+        description="`every`: besides that of `headrace serve` a gateway on every other node of the cluster, at the "
+        "same host and port; a mapping: on those with all of these labels.",
+    )
     policy: Literal[
         "delay",
         "round_robin",

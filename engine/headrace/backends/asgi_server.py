@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from headrace.backends import ports
 from headrace.backends.front_door import App
-from headrace.errors import StartError
+from headrace.backends.ports import PortRange
 
 GRACE_S = 2
 """How long closing waits for connections that do not end by themselves."""
@@ -35,9 +36,10 @@ class _HostedServer(uvicorn.Server):
 class AsgiServer:
     """Serves one application between `start` and `stop`."""
 
-    def __init__(self, app: App, host: str) -> None:
+    def __init__(self, app: App, host: str, port_range: PortRange | None = None) -> None:
         self._app = app
         self._host = host
+        self._ports = port_range
         self._server: _HostedServer | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -48,15 +50,7 @@ class AsgiServer:
 
     async def start(self) -> str:
         """Bind a free port of `host`, serve, and return `http://host:port`. Raises StartError."""
-        try:
-            listener = socket.create_server(
-                (self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET, backlog=2048
-            )
-            # Accepted sockets inherit it. asyncio would set it itself, but not on sockets of a listener made here
-            # (it looks for an explicit protocol number): small answers then wait 40 ms for an acknowledgement.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as e:
-            raise StartError(f"cannot listen on {self._host}: {e}; use an address of this node") from e
+        listener = ports.bind(self._host, self._ports)
         config = uvicorn.Config(
             self._app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
             server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=GRACE_S,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import zmq
 import zmq.asyncio
 
+from headrace.backends import ports
 from headrace.backends.kv_event_wire import (
     END_OF_REPLAY,
     SEQUENCE_BYTES,
@@ -19,6 +20,7 @@ from headrace.backends.kv_event_wire import (
     KVEventBatch,
     encode_batch,
 )
+from headrace.backends.ports import PortRange
 
 BUFFERED_BATCHES = 10_000
 """Batches kept for replay, vLLM's default."""
@@ -32,9 +34,10 @@ _TOPIC = b""
 class KvEventPublisher:
     """A PUB socket for batches and a ROUTER socket that replays them. Belongs to one event loop."""
 
-    def __init__(self, host: str) -> None:
-        """`host` is the address subscribers connect to: an IPv4 address of this node, never a wildcard."""
+    def __init__(self, host: str, port_range: PortRange | None = None) -> None:
+        """`host` is the address subscribers connect to: an address of this node, never a wildcard."""
         self._host = host
+        self._ports = port_range
         self._context = zmq.asyncio.Context(1)
         self._publish: zmq.Socket[bytes] | None = None
         self._replay: zmq.asyncio.Socket | None = None
@@ -43,17 +46,14 @@ class KvEventPublisher:
         self._next_sequence = 0
 
     def start(self) -> tuple[str, str]:
-        """Bind both sockets to free ports; returns the endpoints of events and of replay."""
+        """Bind both sockets to free ports; returns the endpoints of events and of replay. Raises StartError."""
         self._publish = zmq.Socket(self._context, zmq.PUB)
         self._publish.set_hwm(HIGH_WATER_MARK)
-        self._publish.bind(f"tcp://{self._host}:0")
+        events = ports.bind_zmq(self._publish, self._host, self._ports)
         self._replay = self._context.socket(zmq.ROUTER)
-        self._replay.bind(f"tcp://{self._host}:0")
+        replay = ports.bind_zmq(self._replay, self._host, self._ports)
         self._replaying = asyncio.get_running_loop().create_task(self._serve_replays(self._replay))
-        return (
-            self._publish.getsockopt_string(zmq.LAST_ENDPOINT),
-            self._replay.getsockopt_string(zmq.LAST_ENDPOINT),
-        )
+        return events, replay
 
     def publish(self, events: Sequence[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
         """Send one batch under the next sequence number. Never blocks; nothing is sent for no events."""

@@ -16,6 +16,9 @@ from dataclasses import replace
 import msgspec
 import zmq
 
+from headrace.backends import ports
+from headrace.backends.ports import PortRange
+from headrace.errors import StartError
 from headrace_router.types import Iteration, LoadReport, Transfer
 
 MIN_GAP_S = 0.005
@@ -42,9 +45,10 @@ def decode_report(message: bytes) -> LoadReport:
 class LoadPublisher:
     """Sends the newest report on change and at least every `interval_s`. Belongs to one event loop."""
 
-    def __init__(self, host: str, interval_s: float) -> None:
+    def __init__(self, host: str, interval_s: float, port_range: PortRange | None = None) -> None:
         """`host` is the address readers connect to: an IP of this node, never a wildcard."""
         self._host = host
+        self._ports = port_range
         self._interval_s = interval_s
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
@@ -65,20 +69,17 @@ class LoadPublisher:
     def start(self) -> str:
         """Bind a free port and return `tcp://host:port`. Again: the same endpoint. Call from the event loop.
 
-        Raises zmq.ZMQError when `host` is not an address of this node.
+        Raises StartError when `host` is not an address of this node.
         """
         if self._socket is None:
             # A context of its own: closing it cannot wait on, or break, sockets of vLLM in the same process.
             self._context = zmq.Context(1)
             self._socket = self._context.socket(zmq.PUB)
-            is_ipv6 = ":" in self._host
-            self._socket.setsockopt(zmq.IPV6, int(is_ipv6))
             try:
-                self._socket.bind(f"tcp://[{self._host}]:0" if is_ipv6 else f"tcp://{self._host}:0")
-            except zmq.ZMQError:
+                self._endpoint = ports.bind_zmq(self._socket, self._host, self._ports)
+            except StartError:
                 self._close()
                 raise
-            self._endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
             if self._newest is not None:
                 self._send_after(0.0)
         return self._endpoint

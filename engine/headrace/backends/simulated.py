@@ -12,13 +12,12 @@ import contextlib
 import secrets
 import time
 
-import zmq
-
 from headrace.backends.asgi_server import AsgiServer
 from headrace.backends.base import Progress, Started
 from headrace.backends.front_door import FrontDoor
 from headrace.backends.kv_event_publisher import KvEventPublisher
 from headrace.backends.load_publisher import LoadPublisher
+from headrace.backends.ports import PortRange
 from headrace.backends.simulated_api import SimulatedApi
 from headrace.backends.simulated_loop import SimulatedLoop
 from headrace.backends.simulated_report import engine_report
@@ -42,6 +41,7 @@ class SimulatedBackend:
         internal_token: str | None = None,
         report_interval_s: float = 0.1,
         kv_connector: str | None = None,
+        ports: PortRange | None = None,
     ) -> None:
         """`host` is an address of this node that gateways reach; without a token everybody is answered. With a
         `kv_connector`, whichever, prompts are handed over as vLLM's NixlConnector does."""
@@ -50,20 +50,21 @@ class SimulatedBackend:
         self._replica_id = replica_id
         self._boot_id = BootId("")
         self._config = config
-        self._load = LoadPublisher(host, report_interval_s)
-        self._kv_events = KvEventPublisher(host)
+        self._load = LoadPublisher(host, report_interval_s, ports)
+        self._kv_events = KvEventPublisher(host, ports)
         self._loop = SimulatedLoop(
             config,
             self._report,
             self._kv_events.publish,
             self._transfers.append,
             host="" if kv_connector is None else host,
+            port_range=ports,
         )
         self._api = SimulatedApi(self._loop, model)
         self._door = FrontDoor(
             self._api, internal_token, release_kv=None if kv_connector is None else self._loop.release
         )
-        self._server = AsgiServer(self._door, host)
+        self._server = AsgiServer(self._door, host, ports)
         self._remembered: list[int] | None = None  # the probe's answer before it fell asleep; None: awake
         self._drained = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
@@ -81,9 +82,9 @@ class SimulatedBackend:
             load = self._load.start()
             kv_events, kv_replay = self._kv_events.start()
             await self._loop.open_channel()
-        except (zmq.ZMQError, OSError) as e:
+        except StartError:
             await self.stop()
-            raise StartError(f"cannot publish: {e}; use an address of this node as host") from e
+            raise
         self._loop.start()
         self._report(None)
         engine_s = time.monotonic() - began_s

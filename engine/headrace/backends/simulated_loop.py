@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.backends import simulated_cache as cache
 from headrace.backends.kv_event_wire import AllBlocksCleared, BlockRemoved, BlockStored
+from headrace.backends.ports import PortRange
 from headrace.backends.simulated_engine import SimulatedEngine
 from headrace.backends.simulated_sequence import Step
 from headrace.backends.simulated_tokens import hash_blocks
@@ -73,11 +74,13 @@ class SimulatedLoop:
         on_change: Callable[[Step | None], None],
         on_kv_events: Callable[[KvEvents], None],
         on_transfer: Callable[[Transfer], None] = lambda _: None,
+        *,
         host: str = "",
+        port_range: PortRange | None = None,
     ) -> None:
         """`on_change` is called after each step, and with None after each arrival and abort. With a `host` blocks
         are handed over between engines (`open_channel` comes first), and `on_transfer` hears of those received."""
-        self._channel = SideChannel(host, self._count_held, self._free) if host else None
+        self._channel = SideChannel(host, self._count_held, self._free, port_range) if host else None
         self._on_transfer = on_transfer
         self._held: dict[str, tuple[int, asyncio.TimerHandle]] = {}  # tokens, and the end of the lease
         self._fetching: set[asyncio.Task[None]] = set()

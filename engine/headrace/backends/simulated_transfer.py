@@ -15,6 +15,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from headrace.backends import ports
+from headrace.backends.ports import PortRange
+
 _PATIENCE_S = 5.0
 """For a holder that does not answer: it is taken for dead, and the prompt is computed again."""
 
@@ -26,18 +29,25 @@ class NotHeld(Exception):
 class SideChannel:
     """Answers other replicas between `start` and `stop`."""
 
-    def __init__(self, host: str, held: Callable[[str], int | None], free: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        host: str,
+        held: Callable[[str], int | None],
+        free: Callable[[str], None],
+        port_range: PortRange | None = None,
+    ) -> None:
         """`held` tells how many tokens are held for a request; `free` lets them go, and is always safe."""
         self.host = host
         self.port = 0
         self._held = held
         self._free = free
+        self._ports = port_range
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """Bind a free port. Raises OSError."""
-        self._server = await asyncio.start_server(self._serve, self.host, 0)
+        """Bind a free port. Raises StartError."""
+        self._server = await asyncio.start_server(self._serve, sock=ports.bind(self.host, self._ports))
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

@@ -21,12 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headrace.backends import device_memory, embedded_model, vllm_arguments, vllm_sleep, vllm_start_phases
+from headrace.backends import (
+    device_memory,
+    embedded_model,
+    ports,
+    vllm_arguments,
+    vllm_sleep,
+    vllm_start_phases,
+)
 from headrace.backends.base import Progress, Started
 from headrace.backends.front_door import FrontDoor
 from headrace.backends.kv_connectors import handing_over
 from headrace.backends.load_meter import LoadMeter
 from headrace.backends.load_publisher import LoadPublisher
+from headrace.backends.ports import PortRange
 from headrace.backends.vllm_arguments import EngineSettings
 from headrace.backends.vllm_sleep import EngineSleep
 from headrace.backends.vllm_start_phases import StartLog
@@ -55,16 +63,19 @@ class VllmBackend:
         *,
         report_interval_s: float = 0.1,
         cores: tuple[tuple[int, ...], ...] = (),
+        port_range: PortRange | None = None,
     ) -> None:
-        """`cores` binds each worker of a CPU engine to its cores; empty leaves the choice to vLLM."""
+        """`cores` binds each worker of a CPU engine to its cores; empty leaves the choice to vLLM. `port_range`: what
+        others connect to. vLLM's KV events then listen on every interface: it has no other way to a given port."""
         self.boot_id = BootId(secrets.token_hex(8))
         self._settings = settings
         self._host = host
         self._token = internal_token
         self._cores = cores
         self._meter = LoadMeter(replica_id, self.boot_id, holds_blocks=settings.kv_connector is not None)
-        self._side_channel: socket.socket | None = None
-        self._publisher = LoadPublisher(host, report_interval_s)
+        self._ports = port_range
+        self._kept: list[socket.socket] = []  # ports that vLLM binds later
+        self._publisher = LoadPublisher(host, report_interval_s, port_range)
         self._engine: Any = None
         self._door: FrontDoor | None = None
         self._server: Any = None
@@ -80,6 +91,7 @@ class VllmBackend:
         try:
             settings = await asyncio.to_thread(_with_local_path, self._settings, phases.enter)
             phases.enter("imports")
+            settings = self._with_event_ports(settings)
             self._set_environment(settings)
             args = await asyncio.to_thread(vllm_arguments.parse, settings)
             phases.enter("engine")
@@ -96,8 +108,8 @@ class VllmBackend:
             await self.stop()
             raise
         finally:
-            if self._side_channel is not None:
-                self._side_channel.close()
+            for kept in self._kept:
+                kept.close()
         if settings.sleep_level is not None:
             self._sleep = EngineSleep(
                 self._engine,
@@ -113,8 +125,8 @@ class VllmBackend:
         endpoints = Endpoints(
             url=url,
             load=self._publisher.start(),
-            kv_events=None if events is None else events.endpoint,
-            kv_replay=None if events is None else events.replay_endpoint,
+            kv_events=None if events is None else self._reached(events.endpoint),
+            kv_replay=None if events is None else self._reached(events.replay_endpoint),
         )
         self._publish()
         self._watching = asyncio.create_task(self._watch_arrivals())
@@ -193,16 +205,29 @@ class VllmBackend:
         os.environ["VLLM_SERVER_DEV_MODE"] = "0"  # keeps sleep, collective_rpc and the like unregistered
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would take this process's sockets along
         if settings.kv_connector is not None:
-            # vLLM binds it in a child process, minutes from now. A socket that is bound and does not listen keeps the
-            # port ours till then; ZMQ may bind beside it, since both set SO_REUSEADDR.
-            self._side_channel = _bind(self._host, shares=True)
             os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = self._host
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(self._side_channel.getsockname()[1])
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(self._keep_port())
         if self._cores:
             ranks = "|".join(",".join(map(str, cores)) for cores in self._cores)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ranks
         if Path(settings.path).is_dir():
             os.environ["HF_HUB_OFFLINE"] = "1"  # a local model never waits for a network that is not there
+
+    def _with_event_ports(self, settings: EngineSettings) -> EngineSettings:
+        if self._ports is None or not settings.has_kv_events:
+            return settings
+        return replace(settings, kv_event_ports=(self._keep_port(), self._keep_port()))
+
+    def _keep_port(self) -> int:
+        """A port that vLLM binds in a child process, minutes from now. A socket that is bound and does not listen keeps
+        it ours till then; ZMQ may bind beside it, since both set SO_REUSEADDR."""
+        self._kept.append(ports.bind(self._host, self._ports, shares=True))
+        return int(self._kept[-1].getsockname()[1])
+
+    def _reached(self, endpoint: str | None) -> str | None:
+        """As others reach what listens on every interface."""
+        where = f"[{self._host}]" if ":" in self._host else self._host
+        return None if endpoint is None else endpoint.replace("tcp://*:", f"tcp://{where}:")
 
     def _logger_factory(self) -> Callable[[Any, int], Any]:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -236,7 +261,7 @@ class VllmBackend:
             lambda: self._engine is None or self._engine.errored,
             release_kv=self._release_kv if self._settings.kv_connector is not None else None,
         )
-        listening = _bind(self._host)
+        listening = ports.bind(self._host, self._ports)
         port = listening.getsockname()[1]
         config = uvicorn.Config(
             self._door,
@@ -325,21 +350,6 @@ def _make_engine(args: Any, logger_factory: Callable[[Any, int], Any]) -> Any:
 def _places(scheduler_config: Any) -> int:
     """Requests that vLLM's scheduler lets run at one time (`Scheduler.max_num_active_reqs`)."""
     return int(scheduler_config.max_num_active_seqs or scheduler_config.max_num_seqs)
-
-
-def _bind(host: str, *, shares: bool = False) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if shares:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, 0))
-    except OSError as error:
-        listening.close()
-        raise StartError(
-            f"cannot listen on {host}: {error.strerror}; is it an address of this node?"
-        ) from error
-    return listening
 
 
 def _server(config: Any) -> Any:

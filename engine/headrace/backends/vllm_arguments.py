@@ -18,10 +18,6 @@ from headrace.backends.kv_connectors import transfer_config
 from headrace.backends.owned_arguments import OWNED
 from headrace.errors import FatalStartError
 
-ANY_PORT = "tcp://*:0"
-"""The one form for which vLLM's event publisher binds the node's own address (VLLM_HOST_IP) on a free port:
-`tcp://host:port` connects instead of binding, and `tcp://*:PORT` would listen on every interface."""
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -37,6 +33,7 @@ class EngineSettings:
     kv_options: Mapping[str, Any] = field(default_factory=dict)  # the rest of vLLM's kv_transfer_config
     host_cache_gib: float | None = None  # host memory for evicted KV blocks
     sleep_level: int | None = None  # of vLLM's sleep mode, 1 or 2; None: it never sleeps
+    kv_event_ports: tuple[int, int] | None = None  # of events and of their replay; None: any that are free
 
     @property
     def has_kv_events(self) -> bool:
@@ -54,7 +51,10 @@ def command_line(settings: EngineSettings) -> list[str]:
     # Statistics reach our own logger and Prometheus either way; this only silences the log lines.
     words += ["--disable-log-stats", "--enable-logging-iteration-details", "--enable-prompt-tokens-details"]
     if settings.has_kv_events:
-        events = {"enable_kv_cache_events": True, "endpoint": ANY_PORT, "replay_endpoint": ANY_PORT}
+        endpoints = [f"tcp://*:{port}" for port in settings.kv_event_ports or (0, 0)]
+        events = {"enable_kv_cache_events": True, "endpoint": endpoints[0], "replay_endpoint": endpoints[1]}
+        # For `tcp://*:0` alone vLLM's event publisher binds the node's own address (VLLM_HOST_IP): `tcp://host:port`
+        # connects instead of binding, and `tcp://*:PORT` listens on every interface.
         words += ["--kv-events-config", json.dumps(events)]
     words += _transfer(settings)
     if settings.sleep_level is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from headrace.config import Config
 from headrace.errors import FatalStartError, StartError
-from headrace.fleet import preflight
+from headrace.fleet import node_check, preflight
 from headrace.fleet.specs import Device, expand
 from headrace.fleet.status import FleetStatus
 
@@ -52,7 +52,8 @@ def check_machine(config: Config, *, is_local: bool) -> None:
 
 
 async def check_cluster(config: Config) -> float:
-    """Whether the connected cluster has the devices. Returns the cores that CPU replicas will hold.
+    """Whether the connected cluster has the devices, and its nodes what they need. Returns the cores that CPU replicas
+    will hold.
 
     Raises FatalStartError.
     """
@@ -62,6 +63,8 @@ async def check_cluster(config: Config) -> float:
     num_cores, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     specs = expand(config, num_cores, num_gpus)
     preflight.check_devices(specs, num_cores, num_gpus, has_gpu_quotas=config.has_gpu_quotas)
+    folders = sorted({model.source for model in config.models if preflight.is_folder(model)})
+    await node_check.check_nodes(config, folders)
     return sum(spec.cpus for spec in specs if spec.device is Device.CPU)
 
 
@@ -83,10 +86,18 @@ async def wait_until_ready(
             if replica.failures and (replica.is_fatal or replica.failures >= _MAX_START_FAILURES):
                 family = FatalStartError if replica.is_fatal else StartError
                 raise family(f"{replica.id} did not start: {replica.reason}")
-        if status.is_surveyed and all(one.is_ready or one.waits_for_gpus for one in own):
+        for gateway in status.gateways:
+            if gateway.is_fatal or gateway.failures >= _MAX_START_FAILURES:
+                family = FatalStartError if gateway.is_fatal else StartError
+                raise family(f"the gateway on {gateway.address} did not start: {gateway.reason}")
+        unready: list[str] = [
+            replica.id for replica in own if not (replica.is_ready or replica.waits_for_gpus)
+        ]
+        unready += [f"the gateway on {one.address}" for one in status.gateways if not one.is_serving]
+        if status.is_surveyed and not unready:
             return status
         if time.monotonic() > deadline_s:
-            late = ", ".join(replica.id for replica in own if not replica.is_ready)
+            late = ", ".join(unready)
             raise StartError(f"not ready after {limit_s:g} s (fleet.start_timeout_s): {late}")
         await asyncio.sleep(_POLL_S)
 

@@ -27,7 +27,7 @@ FIXED = {
 }
 """Keys that cannot change while a fleet serves, and what to do instead."""
 
-OF_EVERY_REPLICA = frozenset({"fleet.report_interval_s"})
+OF_EVERY_REPLICA = frozenset({"fleet.report_interval_s", "fleet.ports"})
 """Keys outside `models` that replicas are made with."""
 
 SECRET = frozenset({"api_key"})
@@ -125,7 +125,7 @@ def pools(config: Config) -> dict[PoolKey, tuple[Model, Pool]]:
 def made_as(config: Config, key: PoolKey, num_gpus: int) -> ReplicaSpec:
     """How the replicas of a pool are made: a spec without an id. Raises KeyError where there is no such pool."""
     model, pool = pools(config)[key]
-    return template(model, pool, num_gpus, config.fleet.report_interval_s)
+    return template(model, pool, num_gpus, config.fleet)
 
 
 def _concerns(change: Change, key: PoolKey) -> bool:

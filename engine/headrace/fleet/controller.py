@@ -1,6 +1,6 @@
 """The controller: brings the fleet to what it should be and keeps it there.
 
-A named, detached Ray actor. Decisions are pure and elsewhere; here is what happens of them.
+A named, detached Ray actor on the head node. Decisions are pure and elsewhere; here is what happens of them.
 
     config, targets, pins ──> FleetPlan.settled ──> desired replicas        fleet_plan, victims
     desired, observed ── reconcile ──> Start | Stop | Recall | ... ──> lives
@@ -31,12 +31,15 @@ from headrace.fleet.changes import FleetChanges, num_replaced
 from headrace.fleet.config_diff import ConfigDiff
 from headrace.fleet.external import ExternalMembers
 from headrace.fleet.fleet_plan import FleetPlan, coming, initial_plan, remembered, restored
+from headrace.fleet.gateway_actor import GatewayOrder
 from headrace.fleet.gpu_book import GpuBook
 from headrace.fleet.gpu_nodes import gpu_nodes
 from headrace.fleet.gpu_share import QuotaRules
 from headrace.fleet.lives import ReplicaLives
 from headrace.fleet.membership_board import MembershipBoard
 from headrace.fleet.memory import ClusterMemory
+from headrace.fleet.node_gateways import NodeGateways, wanted
+from headrace.fleet.owner import Owner, until_gone
 from headrace.fleet.placement import Placement
 from headrace.fleet.pools import PoolKey, named
 from headrace.fleet.quota_status import QuotaStatus
@@ -75,16 +78,27 @@ _LONGEST_POLL_S = 30.0
 _HEARD_S = 2.0
 """How long a drain waits for gateways to say that they know. One that is cut off is refused then, and asks another."""
 _MOST_REPLICAS = 4096
+_HEAD_RESOURCE = "node:__internal_head__"
+"""That Ray gives its head node, and that Ray Serve places its controller by."""
 
 
 class Controller:
     """One fleet. Async: every method runs on the actor's loop."""
 
-    def __init__(self, config: Config, internal_token: str, host: str | None) -> None:
+    def __init__(
+        self, config: Config, internal_token: str, host: str | None, owner: Owner | None = None
+    ) -> None:
         """`internal_token` is an argument, not drawn here, so that Ray's restart of this actor keeps it.
 
-        `host`: address that replicas listen on, None for each node's own.
+        `host`: address that replicas listen on, None for each node's own. `owner`: whose end is the fleet's; None where
+        somebody else sees to that and to gateways.
         """
+        self._owner = owner
+        self._gateways = NodeGateways(
+            config.fleet.name, self._gateway_order, lambda: ray.get_runtime_context().current_actor
+        )
+        self._gateways_looked_s = float("-inf")
+        self._watching_owner: asyncio.Task[None] | None = None
         self._changes = FleetChanges(config)
         self._reconfigured = asyncio.Event()  # set, and replaced, with each configuration
         self._token = internal_token
@@ -150,6 +164,7 @@ class Controller:
             () if (shared := self._gpus.status(self._config.fleet.name, now_s)) is None else shared.tenants,
             self._rollout_status(),
             self._config.fleet.drain_timeout_s,
+            self._gateways.rows(),
         )
 
     async def settings(self, version: int, timeout_s: float) -> GatewaySettings:
@@ -248,7 +263,9 @@ class Controller:
                 task.cancel()
         self._answer_polls()  # Ray complains to the user of each that its actor's end cuts
         self._external.stop()
-        await self._lives.end_all(drain_s)
+        deadline_s = time.monotonic() + drain_s
+        await self._gateways.end_all(drain_s)
+        await self._lives.end_all(max(0.0, deadline_s - time.monotonic()))
         await self._nodes.follow((), ())
         with contextlib.suppress(
             Exception
@@ -260,6 +277,7 @@ class Controller:
         while True:
             try:
                 await self._look()
+                await self._follow_gateways()
                 self._round()
                 await self._save()
                 short = self._gpus.short
@@ -294,6 +312,10 @@ class Controller:
         self._plan = restored(plan, saved.get("pools", ()), found)
         self._scaling.scaler.recall(saved.get("starts_s", {}), self._plan.pools)
         self._watching_load = asyncio.ensure_future(self._scaling.run())
+        if self._owner is not None:
+            await self._gateways.adopt(await self._gateway_nodes(self._owner))
+            if self._owner.job_id is not None:
+                self._watching_owner = asyncio.ensure_future(self._end_with(self._owner.job_id))
         self._external.start()
         self._external.go_by(self._config)
 
@@ -311,6 +333,38 @@ class Controller:
         if self._feeling is None or self._feeling.done():
             # Not waited for: one that is slow to answer must not hold up the others.
             self._feeling = asyncio.ensure_future(self._lives.take_pulses(lambda slot: bool(slot.spots)))
+
+    async def _follow_gateways(self) -> None:
+        """Have a gateway on each node that the configuration means, also on one that has just joined."""
+        owner, now_s = self._owner, time.monotonic()
+        if owner is None or now_s - self._gateways_looked_s < _LOOK_S:
+            return
+        self._gateways_looked_s = now_s
+        self._gateways.follow(await self._gateway_nodes(owner), self._config.fleet.drain_timeout_s)
+
+    async def _gateway_nodes(self, owner: Owner) -> dict[str, str]:
+        nodes = self._config.gateway.nodes
+        return {} if nodes == "here" else wanted(nodes, await asyncio.to_thread(ray.nodes), owner.node_id)
+
+    def _gateway_order(self, address: str) -> GatewayOrder:
+        config, owner = self._config, self._owner
+        assert owner is not None
+        fixed = {name: getattr(owner.gateway, name) for name in ("host", "port", "processes")}
+        return GatewayOrder(
+            config.gateway.model_copy(update=fixed),
+            self._token,
+            config.fleet.dead_after_s,
+            bring_up.tokenizers(config),
+            config.tenants,
+            address,
+        )
+
+    async def _end_with(self, job_id: str) -> None:
+        """End the fleet once its owner has gone without doing so."""
+        await until_gone(job_id)
+        log.warning("the process that this fleet belongs to has ended; ending the fleet")
+        await self.shutdown(self._config.fleet.drain_timeout_s)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _round(self) -> None:
         slots = self._lives.slots
@@ -439,8 +493,9 @@ def _present(slots: Mapping[ReplicaId, Slot], waiting: Iterable[tuple[ReplicaSpe
     return fleet
 
 
-def create(config: Config, internal_token: str, host: str | None) -> Any:
-    """Start the controller actor of a fleet on the connected cluster and return its handle.
+def create(config: Config, internal_token: str, host: str | None, owner: Owner | None = None) -> Any:
+    """Start the controller actor of a fleet on the connected cluster and return its handle. The arguments are the
+    actor's.
 
     Raises FatalStartError when a fleet of that name runs there already.
     """
@@ -452,9 +507,11 @@ def create(config: Config, internal_token: str, host: str | None) -> Any:
         "max_task_retries": -1,  # a poll under way when it dies is asked again of its successor
         "max_concurrency": 1000,
         "num_cpus": 0,
+        # On the head. Elsewhere a cut between the two would have Ray start a second one before the first has ended.
+        "resources": {_HEAD_RESOURCE: 0.001},
     }
     try:
-        return ray.remote(Controller).options(**options).remote(config, internal_token, host)
+        return ray.remote(Controller).options(**options).remote(config, internal_token, host, owner)
     except ValueError as error:  # the name is taken
         raise FatalStartError(
             f"fleet {config.fleet.name!r} runs on this cluster already; see `headrace status`, or set another "

@@ -143,7 +143,7 @@ def initial_plan(config: Config, num_cores: int, num_gpus: int) -> FleetPlan:
     """What `config` asks for at first on a cluster of that size. Its members are not there before it is settled."""
     pools = [
         PoolPlan(
-            template(model, pool, num_gpus, config.fleet.report_interval_s),
+            template(model, pool, num_gpus, config.fleet),
             initial_count(pool, num_cores),
             autoscale=pool.autoscale,
         )

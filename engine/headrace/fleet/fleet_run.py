@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from headrace.config import Config
+from headrace.config import Config, Gateway
 from headrace.errors import StartError
 from headrace.fleet import bring_up, cluster, preflight, run_file, warden
 from headrace.fleet.call_thread import CallThread
@@ -53,13 +53,16 @@ class FleetRun:
         told: Told,
         address: str | None = None,
         *,
+        gateway: Gateway | None = None,
         takes_stdout: bool = True,
         ray_started: Callable[[], None] = lambda: None,
     ) -> None:
         """`address`: a Ray cluster to join; None stays with the one that this process is connected to, or starts one
-        on this machine. `takes_stdout`: see `cluster.join`. `ray_started` is called on the event loop when Ray's start
-        has ended, however it ended: it puts a handler of its own before those that others have set for SIGTERM."""
+        on this machine. `gateway`: where to listen, if not where the configuration says. `takes_stdout`: see
+        `cluster.join`. `ray_started` is called on the event loop when Ray's start has ended, however it ended: it puts
+        a handler of its own before those that others have set for SIGTERM."""
         self.config = preflight.with_absolute_sources(config)
+        self._gateway = gateway or config.gateway
         self.membership = ControllerMembership()
         self.metrics = FleetMetrics()  # for the gateway to show
         self.token = secrets.token_urlsafe(32)
@@ -86,11 +89,12 @@ class FleetRun:
         connection = await self._connect()
         held = await self._check_cluster()
         self.num_cores = held if connection.is_local else 0.0
-        from headrace.fleet import controller
+        from headrace.fleet import controller, owner
 
         # On one machine loopback is enough, and nothing else can reach it.
         host = "127.0.0.1" if connection.is_local else None
-        self.controller = controller.create(self.config, self.token, host)
+        belongs_to = owner.connected(self._gateway, is_local=connection.is_local)
+        self.controller = controller.create(self.config, self.token, host, belongs_to)
         await self.controller.begin.remote()
         self.membership.follow(self.controller)
         return connection

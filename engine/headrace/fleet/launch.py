@@ -31,7 +31,7 @@ class Launch:
         """`address`: a Ray cluster to join; None starts one on this machine. `gateway`: where to listen, if not where
         the configuration says."""
         self._screen = screen
-        self._fleet = FleetRun(config, screen, address, ray_started=self._take_signals)
+        self._fleet = FleetRun(config, screen, address, gateway=gateway, ray_started=self._take_signals)
         self._gateway = make_gateway(self._fleet, gateway)
         self._told_to_stop = asyncio.Event()
         self._announcement = contextlib.ExitStack()

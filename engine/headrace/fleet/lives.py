@@ -11,6 +11,7 @@ One task per replica carries its life; whoever ends or drains it takes the task 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -21,8 +22,9 @@ import ray
 from headrace.backends.base import Started
 from headrace.errors import HeadraceError
 from headrace.fleet import placement, room
+from headrace.fleet.node_list import NodeList
 from headrace.fleet.replica import ASLEEP_PHASE, READY_PHASE, ReplicaOrder
-from headrace.fleet.replica_host import Hosted, ReplicaHost, survey
+from headrace.fleet.replica_host import Hosted, ReplicaHost
 from headrace.fleet.slot import Slot
 from headrace.fleet.specs import Device, ReplicaSpec
 from headrace_router.types import Replica, ReplicaId, ReplicaState
@@ -34,7 +36,8 @@ _ADOPT_TIMEOUT_S = 5.0
 _END_TIMEOUT_S = 10.0
 _SLEEP_TIMEOUT_S = 120.0
 """To copy a replica's weights to host memory."""
-_SURVEY_AGAIN_S = 1.0
+_NODES_AGE_S = 1.0
+"""How old the list of nodes may be when a place is looked for."""
 
 OrderOf = Callable[[ReplicaSpec, placement.Placement | None], ReplicaOrder]
 
@@ -60,7 +63,9 @@ class ReplicaLives:
         self._changed = changed
         self._heard = heard
         self._started = started
+        self._node_list = NodeList()
         self._surveyed_s = float("-inf")
+        self._surveying = asyncio.Lock()
 
     def replicas(self) -> list[Replica]:
         """As gateways see them."""
@@ -68,9 +73,10 @@ class ReplicaLives:
 
     async def survey(self) -> None:
         """Look at the nodes of the cluster, unless that was a moment ago."""
-        if time.monotonic() - self._surveyed_s >= _SURVEY_AGAIN_S:
-            self._surveyed_s = time.monotonic()
-            self.nodes = await survey()
+        async with self._surveying:
+            if time.monotonic() - self._surveyed_s >= _NODES_AGE_S:
+                self.nodes = await self._node_list.read()
+                self._surveyed_s = time.monotonic()
 
     async def adopt_all(self) -> None:
         """Take on the replicas of this fleet that run, whoever started them, as far as they have come. Those that do
@@ -214,29 +220,30 @@ class ReplicaLives:
         if slot.hosted is not None:
             return
         spec = slot.spec
-        if spec.device is Device.CPU:
-            if slot.failures:
-                await self.survey()  # its node may be what failed
-            slot.placement = await self._place(spec)
-        elif spec.device is Device.CUDA:
+        await self.survey()  # a node may have gone, or have joined
+        if spec.device is Device.CUDA:
             slot.waits_for = await room.shortage_now(spec)
             self._changed()
+        slot.placement = self._place(spec)
         slot.starts += 1
         order = self._order(spec, slot.placement)
         slot.spots = order.spots
         slot.hosted = await self._host.create(order)
+        slot.placement = slot.hosted.placement
         slot.placed_s = time.monotonic()
         if slot.waits_for:
             slot.waits_for, slot.since_s = "", time.monotonic()  # the start's time runs from here
 
-    async def _place(self, spec: ReplicaSpec) -> placement.Placement:
-        taken = [slot.placement for slot in self.slots.values() if slot.placement is not None]
-        try:
+    def _place(self, spec: ReplicaSpec) -> placement.Placement | None:
+        """None leaves the choice to Ray, which waits for GPUs. Raises NoRoom for all else that does not fit."""
+        taken = [(slot.spec, slot.placement) for slot in self.slots.values() if slot.placement is not None]
+        if spec.device is not Device.CUDA:
             return placement.place(spec, self.nodes, taken)
-        except placement.NoRoom:
-            await self.survey()  # a node may have joined
-            taken = [slot.placement for slot in self.slots.values() if slot.placement is not None]
+        if spec.pipeline_parallel > 1 or self._order(spec, None).spots:
+            return None  # on several nodes, or where its tenant's GPUs are
+        with contextlib.suppress(placement.NoRoom):
             return placement.place(spec, self.nodes, taken)
+        return None
 
     def _failed(self, slot: Slot, reason: str, is_fatal: bool) -> None:
         hosted, slot.hosted = slot.hosted, None

@@ -242,6 +242,7 @@ def _make_backend(order: ReplicaOrder, host: str) -> Backend:
             internal_token=order.internal_token,
             report_interval_s=order.report_interval_s,
             kv_connector=handing_over(spec.kv_connector, spec.kv_options),
+            ports=spec.ports,
         )
     from headrace.backends.vllm import VllmBackend
     from headrace.backends.vllm_arguments import EngineSettings
@@ -266,6 +267,7 @@ def _make_backend(order: ReplicaOrder, host: str) -> Backend:
         order.internal_token,
         report_interval_s=order.report_interval_s,
         cores=placement.split(cores, spec.num_workers) if spec.device is Device.CPU else (),
+        port_range=spec.ports,
     )
 
 

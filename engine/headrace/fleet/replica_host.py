@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from headrace.fleet import room
 from headrace.fleet.gpu_quota_spec import Spot
-from headrace.fleet.placement import Node
+from headrace.fleet.placement import Placement
 from headrace.fleet.replica import ReplicaActor, ReplicaOrder
+from headrace.fleet.specs import ReplicaSpec
 from headrace_router.types import ReplicaId
 
 NAMESPACE = "headrace"
 CONTROLLER = "controller"
 
 _NODE_LABEL = "ray.io/node-id"  # Ray's own label of every node
+
+_PREFERRED_NODE_S = 3.0
+"""For GPUs that should be free on a node; then any will do."""
 
 _MAX_CONCURRENT_CALLS = 1000
 """Of one actor. `watch` and `start` hold a place for a replica's whole life, and pollers must still get in."""
@@ -44,6 +52,7 @@ class Hosted:
     name: str
     actor: Any
     group: Any = None  # placement group of its GPUs
+    placement: Placement | None = None  # of one that was made here
 
 
 class ReplicaHost:
@@ -55,33 +64,20 @@ class ReplicaHost:
     async def create(self, order: ReplicaOrder) -> Hosted:
         """Ask Ray for a replica actor. Returns before it is placed, except where GPUs must be found first."""
         spec = order.spec
-        name = f"{self._fleet}/{spec.id}/{secrets.token_hex(4)}"
-        group = None
+        name, group = self._name(spec), None
         strategy: Any = "DEFAULT"
         num_cpus, num_gpus = spec.cpus, 0
-        if order.placement is not None:
-            strategy = NodeAffinitySchedulingStrategy(node_id=order.placement.node_id, soft=False)
-        elif spec.num_gpus:
+        if spec.num_gpus:
             # One node: the actor takes all GPUs and vLLM's own processes use them. Several (a pipeline): the
             # actor takes none, vLLM's Ray executor finds one bundle per worker in the actor's own group.
             spans_nodes = spec.pipeline_parallel > 1
-            bundles = room.bundles(spec, is_placed=bool(order.spots))
-            group = placement_group(
-                bundles,
-                strategy="PACK" if spans_nodes else "STRICT_PACK",
-                name=name,
-                lifetime="detached",  # as the replica: it outlives a controller
-                bundle_label_selector=_selectors(order.spots, len(bundles)),
-            )
-            try:
-                await group.ready()
-            except BaseException:  # it was given up, perhaps after a long wait
-                remove_placement_group(group)
-                raise
+            name, group, order = await self._find_gpus(order)
             num_cpus, num_gpus = (0.0, 0) if spans_nodes else (spec.cpus, spec.num_gpus)
             strategy = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=0, placement_group_capture_child_tasks=spans_nodes
             )
+        elif order.placement is not None:
+            strategy = NodeAffinitySchedulingStrategy(node_id=order.placement.node_id, soft=False)
         options: dict[str, Any] = {
             "name": name,
             "namespace": NAMESPACE,
@@ -93,7 +89,33 @@ class ReplicaHost:
             "scheduling_strategy": strategy,
         }
         actor = ray.remote(ReplicaActor).options(**options).remote(order)
-        return Hosted(name, actor, group)
+        return Hosted(name, actor, group, order.placement)
+
+    def _name(self, spec: ReplicaSpec) -> str:
+        return f"{self._fleet}/{spec.id}/{secrets.token_hex(4)}"
+
+    async def _find_gpus(self, order: ReplicaOrder) -> tuple[str, Any, ReplicaOrder]:
+        """Wait until a replica has its GPUs. Returns its name, their placement group, which is named alike, and the
+        order with the node that they are on.
+
+        The node that was chosen for it is tried first: Ray alone knows what others hold there, and has another if need
+        be.
+        """
+        spec, placed = order.spec, order.placement
+        if placed is not None:
+            name = self._name(spec)
+            group = _reserve(name, order, [{**spec.node_labels, _NODE_LABEL: placed.node_id}])
+            if await _is_found(group, _PREFERRED_NODE_S):
+                return name, group, order
+        bundles = room.bundles(spec, is_placed=bool(order.spots))
+        selectors = _spot_selectors(order.spots, len(bundles))
+        if selectors is None and spec.node_labels:
+            selectors = [dict(spec.node_labels) for _ in bundles]
+        name = self._name(spec)
+        group = _reserve(name, order, selectors)
+        await _is_found(group, None)
+        node_id = await asyncio.to_thread(_node_of, group)
+        return name, group, replace(order, placement=None if node_id is None else Placement(node_id))
 
     async def find(self) -> dict[ReplicaId, Hosted]:
         """Replica actors of this fleet that are alive, whoever started them."""
@@ -122,7 +144,37 @@ class ReplicaHost:
             hosted.group = None
 
 
-def _selectors(spots: Sequence[Spot], num_bundles: int) -> list[dict[str, str]] | None:
+def _reserve(name: str, order: ReplicaOrder, selectors: list[dict[str, str]] | None) -> Any:
+    return placement_group(
+        room.bundles(order.spec, is_placed=bool(order.spots)),
+        strategy="PACK" if order.spec.pipeline_parallel > 1 else "STRICT_PACK",
+        name=name,
+        lifetime="detached",  # as the replica: it outlives a controller
+        bundle_label_selector=selectors,
+    )
+
+
+async def _is_found(group: Any, patience_s: float | None) -> bool:
+    """Whether the group has its GPUs within `patience_s`. It is given up otherwise, also when nobody waits longer."""
+    try:
+        async with asyncio.timeout(patience_s):
+            await group.ready()
+        return True
+    except TimeoutError:
+        remove_placement_group(group)
+        return False
+    except BaseException:
+        remove_placement_group(group)
+        raise
+
+
+def _node_of(group: Any) -> str | None:
+    """Of its first bundle."""
+    nodes: dict[int, str] = placement_group_table(group).get("bundles_to_node_id", {})
+    return nodes.get(0)
+
+
+def _spot_selectors(spots: Sequence[Spot], num_bundles: int) -> list[dict[str, str]] | None:
     """The node of each bundle, where that has been decided."""
     if not spots:
         return None
@@ -137,24 +189,3 @@ def _group(name: str) -> Any:
         return get_placement_group(name)
     except ValueError:
         return None
-
-
-def _own_cores() -> tuple[int, ...]:
-    return tuple(sorted(os.sched_getaffinity(0)))
-
-
-async def survey() -> tuple[Node, ...]:
-    """Nodes of the cluster and the cores that each lets replicas use."""
-    nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-    here = ray.get_runtime_context().get_node_id()
-    probe = ray.remote(num_cpus=0)(_own_cores)
-    found = []
-    for node in nodes:
-        if node["NodeID"] == here:
-            cores = _own_cores()
-        else:
-            affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            cores = await probe.options(scheduling_strategy=affinity).remote()
-        num_cores = int(node["Resources"].get("CPU", 0))
-        found.append(Node(node["NodeID"], node["NodeManagerAddress"], cores[:num_cores]))
-    return tuple(found)

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.fleet.status import FleetStatus, PoolStatus, ReplicaStatus
+from headrace.fleet.status_words import gateway_line
 from headrace_router.types import ReplicaState
 
 _COLOURS = {
@@ -53,6 +54,7 @@ class Screen:
         self._shown: dict[str, tuple[str, str]] = {}
         self._restarts: dict[str, int] = {}
         self._wanted: dict[str, int] = {}
+        self._gateways: dict[str, str] = {}  # lines, by address of the node
 
     def say(self, line: str) -> None:
         """One line about what happens."""
@@ -81,6 +83,7 @@ class Screen:
         """The fleet as it is before anything happens: no news."""
         self._shown = {replica.id: _shown(replica) for replica in status.replicas}
         self._restarts = {replica.id: replica.restarts for replica in status.replicas}
+        self._gateways = {gateway.address: gateway_line(gateway) for gateway in status.gateways}
 
     def changes(self, status: FleetStatus) -> None:
         """One line per replica whose state or phase is not what it was; one for all where many do the same."""
@@ -89,6 +92,12 @@ class Screen:
             if before != pool.wanted:
                 self._wanted[pool.pool] = pool.wanted
                 self.say(f"{pool.pool}: {before} -> {pool.wanted} replicas, {pool.reason}")
+        gateways = {gateway.address: gateway_line(gateway) for gateway in status.gateways}
+        for address in sorted(self._gateways.keys() | gateways.keys()):
+            line = gateways.get(address, f"gateway on {address}: gone")
+            if self._gateways.get(address) != line:
+                self.say(line)
+        self._gateways = gateways
         for gone in self._shown.keys() - {replica.id for replica in status.replicas}:
             del self._shown[gone]
             self.say(f"{gone}: gone")
@@ -120,6 +129,7 @@ class Screen:
         self.end_progress()
         self._shown = {replica.id: (replica.state.value, "") for replica in status.replicas}
         self._wanted = {pool.pool: pool.wanted for pool in status.pools}
+        self._gateways = {gateway.address: gateway_line(gateway) for gateway in status.gateways}
         awake = sorted({replica.model for replica in status.replicas})
         models = sorted({*awake, *(pool.model for pool in status.pools)})
         if awake:
@@ -134,6 +144,8 @@ class Screen:
             {"model": models[0] if models else "", "messages": [{"role": "user", "content": "Hi"}]}
         )
         print(f"ready: {url}", file=self._out)
+        for gateway in status.gateways:
+            print(f"also:  {gateway.url}", file=self._out)
         print(
             f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
             file=self._out,

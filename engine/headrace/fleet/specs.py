@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from headrace.config import Config, Model, Pool, SimulatedEngine
+from headrace.backends.ports import PortRange
+from headrace.config import Config, Fleet, Model, Pool, SimulatedEngine
 from headrace_router.types import ReplicaId, Role
 
 MAX_PER_CORE = 2
@@ -44,6 +45,8 @@ class ReplicaSpec:
     report_interval_s: float = 0.1  # longest silence between load reports
     sleep_level: int | None = None  # of the engine's sleep mode; None: it never sleeps
     accelerator: str | None = None  # kind of its GPUs; None: any
+    node_labels: Mapping[str, str] = field(default_factory=dict)  # that its node must have
+    ports: PortRange | None = None  # that it listens on; None: any that are free
     generation: int = 0  # a replica of an earlier one is to be replaced, even where nothing else differs
 
     @property
@@ -59,7 +62,7 @@ class ReplicaSpec:
 def expand(config: Config, num_cores: int, num_gpus: int) -> tuple[ReplicaSpec, ...]:
     """Every replica that `config` asks for on a cluster of that size. External models have none."""
     return tuple(
-        numbered(template(model, pool, num_gpus, config.fleet.report_interval_s), number)
+        numbered(template(model, pool, num_gpus, config.fleet), number)
         for model in config.models
         if model.backend != "external"
         for pool in model.pools
@@ -86,7 +89,7 @@ def number_of(replica_id: ReplicaId) -> int:
     return int(replica_id.rpartition("-")[2])
 
 
-def template(model: Model, pool: Pool, num_gpus: int, report_interval_s: float) -> ReplicaSpec:
+def template(model: Model, pool: Pool, num_gpus: int, fleet: Fleet) -> ReplicaSpec:
     """What every replica of a pool is, but for its number."""
     is_simulated = model.backend == "simulated"
     # One on `cuda` holds GPUs as a real one does, and leaves them alone.
@@ -106,9 +109,11 @@ def template(model: Model, pool: Pool, num_gpus: int, report_interval_s: float) 
         kv_options={} if transfer is None else transfer.options,
         host_cache_gib=pool.host_cache_gib,
         simulated=model.simulated if is_simulated else None,
-        report_interval_s=report_interval_s,
+        report_interval_s=fleet.report_interval_s,
         sleep_level=pool.autoscale.sleep_level if pool.autoscale and pool.autoscale.warm else None,
         accelerator=pool.accelerator,
+        node_labels=pool.node_labels,
+        ports=fleet.port_range,
     )
 
 

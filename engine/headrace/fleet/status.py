@@ -83,6 +83,23 @@ class PoolStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayStatus:
+    """The gateway on one node; that of `headrace serve` is not among them."""
+
+    address: str  # of the node
+    state: str  # starting, serving, failed
+    state_s: float  # seconds in that state
+    url: str = ""
+    failures: int = 0  # in a row
+    is_fatal: bool = False  # it failed in a way that will happen again
+    reason: str = ""  # why it does not serve
+
+    @property
+    def is_serving(self) -> bool:
+        return self.state == "serving"
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutStatus:
     """How far the last change to the fleet has come."""
 
@@ -107,6 +124,7 @@ class FleetStatus:
     gpus: tuple[TenantRow, ...] = ()  # of tenants that share some
     rollout: RolloutStatus | None = None  # the last one
     drain_timeout_s: float = 30.0  # as configured now
+    gateways: tuple[GatewayStatus, ...] = ()  # on nodes of the cluster
 
     @property
     def num_ready(self) -> int:

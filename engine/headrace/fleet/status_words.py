@@ -1,9 +1,10 @@
-"""What `headrace status` says beneath its tables: the last start of each pool by phase, and the last rollout."""
+"""What `headrace status` says beneath its tables: gateways on other nodes, the last start of each pool by phase, and
+the last rollout."""
 
 from __future__ import annotations
 
 from headrace.fleet.start_phases import in_words
-from headrace.fleet.status import FleetStatus, ReplicaStatus, RolloutStatus
+from headrace.fleet.status import FleetStatus, GatewayStatus, ReplicaStatus, RolloutStatus
 
 
 def notes(status: FleetStatus) -> list[str]:
@@ -13,10 +14,20 @@ def notes(status: FleetStatus) -> list[str]:
         key = (replica.model, replica.role.value)
         if replica.phases_s and (key not in newest or replica.state_s < newest[key].state_s):
             newest[key] = replica
-    told = [_start(replica) for replica in newest.values()]
+    told = [gateway_line(gateway) for gateway in status.gateways]
+    told += [_start(replica) for replica in newest.values()]
     if status.rollout is not None:
         told.append(_rollout(status.rollout))
     return told
+
+
+def gateway_line(gateway: GatewayStatus) -> str:
+    """`gateway on 10.0.0.2: serving at http://10.0.0.2:8000`."""
+    if gateway.is_serving:
+        return f"gateway on {gateway.address}: serving at {gateway.url}"
+    return f"gateway on {gateway.address}: {gateway.state}" + (
+        f", {gateway.reason}" if gateway.reason else ""
+    )
 
 
 def _start(replica: ReplicaStatus) -> str:
