@@ -109,7 +109,8 @@ async def end(controller: Any, timeout_s: float, drain_s: float = 0.0) -> None:
 
     ending = controller.shutdown.remote(drain_s)
     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-        await asyncio.wait_for(ending, timeout_s + drain_s)
+        async with asyncio.timeout(timeout_s + drain_s):
+            await ending
     with contextlib.suppress(ray.exceptions.RayError):
         ray.kill(controller, no_restart=True)
 

@@ -173,7 +173,8 @@ class Controller:
         await self._is_surveyed.wait()
         if version == self._changes.revision:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._reconfigured.wait(), min(timeout_s, _LONGEST_POLL_S))
+                async with asyncio.timeout(min(timeout_s, _LONGEST_POLL_S)):
+                    await self._reconfigured.wait()
         config = self._config
         return GatewaySettings(
             self._changes.revision,
@@ -288,7 +289,8 @@ class Controller:
             self._is_surveyed.set()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _TICK_S)
+                async with asyncio.timeout(_TICK_S):
+                    await self._wake.wait()
 
     async def _take_over(self) -> None:
         """From whoever was before: the replicas that run, the targets and pins."""

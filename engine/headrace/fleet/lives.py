@@ -309,7 +309,8 @@ class ReplicaLives:
 async def _within(reference: Any, timeout_s: float) -> Any:
     """What a call to a replica returns, None when it fails or takes too long."""
     try:
-        return await asyncio.wait_for(reference, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await reference
     except (TimeoutError, ray.exceptions.RayError):
         return None
 
