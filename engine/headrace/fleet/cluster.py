@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -26,6 +27,9 @@ _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Ray's least is 75 MiB; nothing of ours passes through the object store."""
 
 _MARK_GRACE_S = 5.0
+
+_VERSIONS = re.compile(r"Version mismatch.*?(Ray: \S+)\s+(Python: \S+).*?(Ray: \S+)\s+(Python: \S+)", re.DOTALL)
+"""Ray's words for a cluster of other versions than this process: first its, then ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,11 @@ def _init(takes_stdout: bool, **arguments: Any) -> Any:
     except Exception as error:  # Ray raises many kinds here; all mean that there is no cluster
         where = arguments.get("address")
         what = "start Ray on this machine" if where == "local" else f"join the Ray cluster at {where}"
+        if versions := _VERSIONS.search(str(error)):
+            there, here = (" and ".join(pair) for pair in (versions.group(1, 2), versions.group(3, 4)))
+            raise FatalStartError(
+                f"cannot {what}: it runs {there}, this process {here}; install one version everywhere"
+            ) from error
         raise StartError(f"cannot {what}: {_first_line(error)}") from error
 
 
