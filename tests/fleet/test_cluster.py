@@ -28,6 +28,6 @@ def test_other_versions_are_told_in_one_line() -> None:
         [sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True, check=True
     )
     assert told.stdout == (
-        "cannot join the Ray cluster at 10.0.0.1:6379: it runs Ray: 2.1.0 and Python: 3.9.1, this process Ray: OURS "
-        "and Python: OURS; install one version everywhere\n"
+        "cannot join the Ray cluster at 10.0.0.1:6379: it runs Ray 2.1.0 and Python 3.9.1, this process Ray OURS "
+        "and Python OURS; install one version everywhere\n"
     )

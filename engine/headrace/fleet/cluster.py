@@ -28,7 +28,9 @@ _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 
 _MARK_GRACE_S = 5.0
 
-_VERSIONS = re.compile(r"Version mismatch.*?(Ray: \S+)\s+(Python: \S+).*?(Ray: \S+)\s+(Python: \S+)", re.DOTALL)
+_VERSIONS = re.compile(
+    r"Version mismatch.*?(Ray: \S+)\s+(Python: \S+).*?(Ray: \S+)\s+(Python: \S+)", re.DOTALL
+)
 """Ray's words for a cluster of other versions than this process: first its, then ours."""
 
 
@@ -171,7 +173,7 @@ def _init(takes_stdout: bool, **arguments: Any) -> Any:
         where = arguments.get("address")
         what = "start Ray on this machine" if where == "local" else f"join the Ray cluster at {where}"
         if versions := _VERSIONS.search(str(error)):
-            there, here = (" and ".join(pair) for pair in (versions.group(1, 2), versions.group(3, 4)))
+            there, here = (" and ".join(pair).replace(": ", " ") for pair in (versions.group(1, 2), versions.group(3, 4)))
             raise FatalStartError(
                 f"cannot {what}: it runs {there}, this process {here}; install one version everywhere"
             ) from error
