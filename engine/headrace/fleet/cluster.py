@@ -173,7 +173,8 @@ def _init(takes_stdout: bool, **arguments: Any) -> Any:
         where = arguments.get("address")
         what = "start Ray on this machine" if where == "local" else f"join the Ray cluster at {where}"
         if versions := _VERSIONS.search(str(error)):
-            there, here = (" and ".join(pair).replace(": ", " ") for pair in (versions.group(1, 2), versions.group(3, 4)))
+            words = [word.replace(": ", " ") for word in versions.groups()]
+            there, here = " and ".join(words[:2]), " and ".join(words[2:])
             raise FatalStartError(
                 f"cannot {what}: it runs {there}, this process {here}; install one version everywhere"
             ) from error

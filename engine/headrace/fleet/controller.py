@@ -20,17 +20,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from headrace.config import Config
 from headrace.errors import BadRequest, FatalStartError
-from headrace.fleet import bring_up, scaling_log
+from headrace.fleet import scaling_log
 from headrace.fleet.changes import FleetChanges, num_replaced
 from headrace.fleet.config_diff import ConfigDiff
 from headrace.fleet.external import ExternalMembers
 from headrace.fleet.fleet_plan import FleetPlan, coming, initial_plan, remembered, restored
+from headrace.fleet.front import settings_of
 from headrace.fleet.gateway_actor import GatewayOrder
 from headrace.fleet.gpu_book import GpuBook
 from headrace.fleet.gpu_nodes import gpu_nodes
@@ -175,14 +177,7 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(timeout_s, _LONGEST_POLL_S)):
                     await self._reconfigured.wait()
-        config = self._config
-        return GatewaySettings(
-            self._changes.revision,
-            config.gateway,
-            config.fleet.dead_after_s,
-            bring_up.tokenizers(config),
-            {tenant.name: tenant.weight for tenant in config.tenants},
-        )
+        return replace(settings_of(self._config), version=self._changes.revision)
 
     def _answer_polls(self) -> None:
         """Those who wait for other settings get the present ones."""
@@ -353,12 +348,7 @@ class Controller:
         assert owner is not None
         fixed = {name: getattr(owner.gateway, name) for name in ("host", "port", "processes")}
         return GatewayOrder(
-            config.gateway.model_copy(update=fixed),
-            self._token,
-            config.fleet.dead_after_s,
-            bring_up.tokenizers(config),
-            config.tenants,
-            address,
+            settings_of(config, config.gateway.model_copy(update=fixed)), self._token, address
         )
 
     async def _end_with(self, job_id: str) -> None:

@@ -10,17 +10,15 @@ The gateway's processes end with this one, and it ends with its node.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.config import Gateway
-from headrace.config_tenants import Tenant
 from headrace.errors import FatalStartError, HeadraceError
 from headrace.fleet.front import url_of
 from headrace.fleet.membership import ControllerMembership
 from headrace.fleet.replica import StartFailure
 from headrace.gateway.group import GatewayGroup
+from headrace.gateway.settings import GatewaySettings
 
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -29,11 +27,8 @@ _WILDCARDS = ("0.0.0.0", "::")
 class GatewayOrder:
     """All that a gateway actor needs to know."""
 
-    gateway: Gateway  # host and port are where it listens
+    settings: GatewaySettings  # its gateway's host and port are where it listens
     internal_token: str
-    dead_after_s: float
-    tokenizers: Mapping[str, tuple[str, Mapping[str, Any]]]
-    tenants: tuple[Tenant, ...]
     address: str  # of its node, by which others reach it
 
 
@@ -68,14 +63,7 @@ class GatewayActor:
         source = ControllerMembership(self._controller)
         # Processes of their own, whatever their number: Ray's threads and tokens shall not wait for each other.
         group = self._group = GatewayGroup(
-            order.gateway,
-            source,
-            internal_token=order.internal_token,
-            dead_after_s=order.dead_after_s,
-            tokenizers=order.tokenizers,
-            settings=source,
-            tenants=order.tenants,
-            demand=source,
+            order.settings, source, internal_token=order.internal_token, changes=source, demand=source
         )
         try:
             host, port = group.bind()
