@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from ray_fleet import asking
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -63,33 +64,26 @@ def run(fleet: Any, *words: str, timeout_s: float = 120) -> tuple[int, str]:
 @asynccontextmanager
 async def streams(url: str, model: str, count: int, tokens: int) -> AsyncIterator[list[int]]:
     """So many streams open all the while, each followed by another; yields how many pieces each had."""
-    had: list[int] = []
-    enough = asyncio.Event()
 
-    async def one(client: openai.AsyncOpenAI, begun: asyncio.Event) -> None:
-        while not enough.is_set():
-            pieces = 0
-            async for chunk in await client.completions.create(
-                model=model,
-                prompt="Rivers run",
-                max_tokens=tokens,
-                stream=True,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            ):
-                begun.set()
-                for choice in chunk.choices:
-                    pieces += len(getattr(choice, "token_ids", None) or [None] * bool(choice.text))
-            had.append(pieces)
+    async def pieces(begun: asyncio.Event) -> int:
+        counted = 0
+        async for chunk in await client.completions.create(
+            model=model,
+            prompt="Rivers run",
+            max_tokens=tokens,
+            stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        ):
+            begun.set()
+            for choice in chunk.choices:
+                counted += len(getattr(choice, "token_ids", None) or [None] * bool(choice.text))
+        return counted
 
-    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120) as client:
-        begun = [asyncio.Event() for _ in range(count)]
-        tasks = [asyncio.create_task(one(client, event)) for event in begun]
-        await asyncio.gather(*(event.wait() for event in begun))
-        try:
-            yield had
-        finally:
-            enough.set()
-            await asyncio.gather(*tasks)  # raises what a client has seen
+    async with (
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120) as client,
+        asking(count, pieces) as had,
+    ):
+        yield had
 
 
 @pytest.mark.ray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,3 +140,24 @@ async def count_tokens(client: openai.AsyncOpenAI, tokens: int, begun: asyncio.E
             begun.set()
     assert text
     return counted
+
+
+@asynccontextmanager
+async def asking(count: int, ask: Callable[[asyncio.Event], Awaitable[int]]) -> AsyncIterator[list[int]]:
+    """So many who stream one answer after the other, each with `ask`, which sets the event when its answer has begun.
+    Once all have begun, yields how many tokens each answer had; raises what a client has seen."""
+    had: list[int] = []
+    enough = asyncio.Event()
+
+    async def one(begun: asyncio.Event) -> None:
+        while not enough.is_set():
+            had.append(await ask(begun))
+
+    begun = [asyncio.Event() for _ in range(count)]
+    tasks = [asyncio.create_task(one(event)) for event in begun]
+    await asyncio.gather(*(event.wait() for event in begun))
+    try:
+        yield had
+    finally:
+        enough.set()
+        await asyncio.gather(*tasks)

@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import openai
 import pytest
-from ray_fleet import Fleet, count_tokens, ray_fleet
+from ray_fleet import Fleet, asking, count_tokens, ray_fleet
 
 from headrace.config import Config, parse
 from headrace.errors import ConfigError, HeadraceError, NotFound
@@ -68,23 +67,12 @@ async def back_to(fleet: Fleet, first: Config, id: str) -> Membership:
 @asynccontextmanager
 async def streams(fleet: Fleet, count: int) -> AsyncIterator[list[int]]:
     """So many streams open all the while, each followed by another; yields how many tokens each had."""
-    had: list[int] = []
-    enough = asyncio.Event()
-
-    async def one(client: openai.AsyncOpenAI, begun: asyncio.Event) -> None:
-        while not enough.is_set():
-            had.append(await count_tokens(client, TOKENS, begun))
-
     # Two hundred streams keep a small machine busy; what is asked here is not how fast it connects.
-    async with fleet.gateway(timeouts={"connect_s": 30.0}) as client:
-        begun = [asyncio.Event() for _ in range(count)]
-        tasks = [asyncio.create_task(one(client, event)) for event in begun]
-        await asyncio.gather(*(event.wait() for event in begun))
-        try:
-            yield had
-        finally:
-            enough.set()
-            await asyncio.gather(*tasks)  # raises what a client has seen
+    async with (
+        fleet.gateway(timeouts={"connect_s": 30.0}) as client,
+        asking(count, lambda begun: count_tokens(client, TOKENS, begun)) as had,
+    ):
+        yield had
 
 
 async def test_a_rolling_restart_under_two_hundred_streams_drops_none(fleet: Fleet) -> None:
