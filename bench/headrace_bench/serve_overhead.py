@@ -85,7 +85,7 @@ async def ways(ground: Ground, folder: Path) -> AsyncIterator[list[Way]]:
         serve.RunTarget(peer, name="peer", route_prefix="/peer"),
     ]
     await asyncio.to_thread(serve.run_many, targets)
-    controller, token = await join(config, FleetOwner("ours", "HeadraceIngress"))
+    controller, token = await join(config, FleetOwner("ours", "HeadraceIngress"), 0)
     membership = await ControllerMembership(controller).watch(None)
     replica = membership.replicas[0]
     listed = folder / "replicas.json"

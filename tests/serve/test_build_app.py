@@ -25,7 +25,7 @@ def test_takes_a_path_a_mapping_a_config_and_serves_arguments(tmp_path: Path) ->
     file = tmp_path / "fleet.yaml"
     file.write_text("models: [{name: sim, backend: simulated}]\nfleet: {drain_timeout_s: 7.0}\n")
     for config in (file, str(file), TREE, parse(TREE), {"config": str(file)}, {"config": TREE}):
-        assert deployment(config).init_args == (parse(TREE),)
+        assert deployment(config).init_args[0] == parse(TREE)
 
 
 def test_the_ingress_takes_no_core_and_drains_as_long_as_the_fleet() -> None:

@@ -155,11 +155,18 @@ def test_deployed_again_with_the_same_engines_keeps_them(ground: Ground, app: An
     assert ground.actors("shared/") == before
 
 
-def test_deployed_again_with_other_engines_replaces_them(ground: Ground) -> None:
+def test_deployed_again_the_fleet_goes_over_to_it(ground: Ground) -> None:
     serve.run(build_app(config("renewed", 1)), name="renewed", route_prefix="/renewed")
     try:
+        before = ground.actors("renewed/sim-")
         serve.run(build_app(config("renewed", 2)), name="renewed", route_prefix="/renewed")
-        assert len(ground.actors("renewed/sim-")) == 2
+        ground.until(lambda: len(ground.actors("renewed/sim-")) == 2, "the second replica does not come")
+        assert set(before) < set(ground.actors("renewed/sim-")), "what did not change stays"
+
+        serve.run(build_app(config("renewed", 2, block_size=32)), name="renewed", route_prefix="/renewed")
+        ground.until(
+            lambda: not set(before) & set(ground.actors("renewed/sim-")), "what is made otherwise stays"
+        )
         assert ground.chat(prefix="/renewed")["model"] == "sim"
     finally:
         serve.delete("renewed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def build_app(config: Any) -> Any:
         # The relay takes a part of a core, at most; a whole one would be taken from an engine on CPU.
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment.bind(tree)
+    return deployment.bind(tree, time.time_ns())
 
 
 def _read(config: Any) -> Config:

@@ -1,6 +1,7 @@
 """The keeper: one fleet for all ingress replicas of one Serve application, from its first ingress to its end.
 
     ingress ── join ──> keeper ── the first time: creates the controller, waits until the fleet is ready
+                          │       an application that was built later: the controller applies its configuration
                           │
                           └── asks Serve every second whether the application still stands; when it does not: ends the
                               fleet, then itself
@@ -21,9 +22,10 @@ from typing import Any
 import ray
 
 from headrace.config import Config
-from headrace.errors import FatalStartError, StartError
+from headrace.errors import FatalStartError, HeadraceError, StartError
 from headrace.fleet import bring_up, controller
 from headrace.fleet.replica_host import NAMESPACE, controller_name
+from headrace.fleet.rollout import Pace
 from headrace.serve.fleet_owner import FleetOwner
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,12 @@ class FleetKeeper:
     """Async: every method runs on the actor's loop."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, config: Config, owner: FleetOwner, internal_token: str
+        self, config: Config, owner: FleetOwner, built_ns: int, internal_token: str
     ) -> None:
         """`internal_token` is an argument so that Ray's restart of this actor keeps it."""
         self._config = config
+        self._built_ns = built_ns
+        self._changing = asyncio.Lock()
         self._owner = owner
         self._token = internal_token
         self._controller: Any = None
@@ -66,8 +70,9 @@ class FleetKeeper:
                 self._controller = ray.get_actor(controller_name(config.fleet.name), namespace=NAMESPACE)
         self._watching = asyncio.ensure_future(self._watch())
 
-    async def join(self, config: Config, owner: FleetOwner) -> str | Refusal:
-        """The fleet's internal token, once the fleet is ready."""
+    async def join(self, config: Config, owner: FleetOwner, built_ns: int) -> str | Refusal:
+        """The fleet's internal token, once the fleet is ready. Of an application that was built later than what the
+        keeper knows, the fleet goes over to its configuration."""
         if self._ending is not None:
             return Refusal("the fleet is ending", is_passing=True)
         if owner != self._owner:
@@ -76,10 +81,6 @@ class FleetKeeper:
                 "application",
                 is_fatal=True,
             )
-        if (config.fleet, config.models) != (self._config.fleet, self._config.models):
-            # The application was deployed anew with other engines.
-            self._end("its configuration was replaced")
-            return Refusal("the fleet is replaced", is_passing=True)
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
         try:
@@ -88,7 +89,27 @@ class FleetKeeper:
             if self._ending is None:
                 raise
             return Refusal("the fleet is ending", is_passing=True)
+        if refusal is None:
+            refusal = await self._go_over(config, built_ns)
         return self._token if refusal is None else refusal
+
+    async def _go_over(self, config: Config, built_ns: int) -> Refusal | None:
+        """The application was deployed anew: do the least that the difference needs."""
+        async with self._changing:
+            if built_ns <= self._built_ns:  # an ingress of the application before, or another of this one
+                return None
+            # Serve decides where its ingress listens.
+            kept = {name: getattr(self._config.gateway, name) for name in ("host", "port", "processes")}
+            config = config.model_copy(update={"gateway": config.gateway.model_copy(update=kept)})
+            try:
+                await asyncio.to_thread(bring_up.check_machine, config, is_local=False)
+                await self._controller.apply.remote(config, f"serve-{built_ns}", Pace())
+            except (ray.exceptions.RayTaskError, HeadraceError) as error:
+                reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                message = reason.message if isinstance(reason, HeadraceError) else str(reason)
+                return Refusal(message, is_fatal=True)
+            self._config, self._built_ns = config, built_ns
+        return None
 
     async def _start(self) -> Refusal | None:
         fleet = self._config.fleet
@@ -153,8 +174,8 @@ def keeper_name(fleet: str) -> str:
     return f"{fleet}/keeper"
 
 
-async def join(config: Config, owner: FleetOwner) -> tuple[Any, str]:
-    """Join the fleet of `config`, starting it if need be. Returns its controller and internal token.
+async def join(config: Config, owner: FleetOwner, built_ns: int) -> tuple[Any, str]:
+    """Join the fleet of `config`, starting or changing it if need be. Returns its controller and internal token.
 
     Raises StartError, FatalStartError where another try would end the same way.
     """
@@ -170,9 +191,11 @@ async def join(config: Config, owner: FleetOwner) -> tuple[Any, str]:
     while True:
         try:
             keeper = (
-                ray.remote(FleetKeeper).options(**options).remote(config, owner, secrets.token_urlsafe(32))
+                ray.remote(FleetKeeper)
+                .options(**options)
+                .remote(config, owner, built_ns, secrets.token_urlsafe(32))
             )
-            answer: str | Refusal = await keeper.join.remote(config, owner)
+            answer: str | Refusal = await keeper.join.remote(config, owner, built_ns)
         except ray.exceptions.RayActorError:  # it ended between being found and being asked
             await asyncio.sleep(_JOIN_PAUSE_S)
             continue

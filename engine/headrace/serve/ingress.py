@@ -27,10 +27,11 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 class HeadraceIngress:
     """One ingress replica. Serve scales these; the engines behind them are scaled by the fleet's controller."""
 
-    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Join the fleet, which the first of them starts. Raises StartError when it does not become ready."""
+    async def __init__(self, config: Config, built_ns: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Join the fleet, which the first of them starts and the first of a newer application changes. `built_ns` tells
+        which is newer. Raises StartError when it does not become ready."""
         here = serve.get_replica_context()
-        controller, token = await join(config, FleetOwner(here.app_name, here.deployment))
+        controller, token = await join(config, FleetOwner(here.app_name, here.deployment), built_ns)
         self._fleet, self._controller = config.fleet.name, controller
         membership = ControllerMembership(controller)
         self._core = GatewayCore(settings_of(config), membership, changes=membership, demand=membership)
