@@ -65,22 +65,28 @@ def hash_chunks(text: bytes | bytearray | memoryview, chunk_bytes: int, parent: 
     """
     if chunk_bytes < 4 or chunk_bytes % 4:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be a positive multiple of 4")
-    words = np.frombuffer(text, "<u4", count=len(text) // 4)
+    words = np.frombuffer(text, _UINT32, count=len(text) // 4)
     return hash_blocks(words, chunk_bytes // 4, parent)
 
 
 def _as_tokens(token_ids: TokenIds) -> NDArray[np.uint32]:
     """A read-only uint32 array, so that one machine code serves every caller."""
-    tokens: NDArray[Any]
-    if isinstance(token_ids, np.ndarray | array | memoryview):
+    tokens: Any
+    if isinstance(token_ids, np.ndarray):
+        tokens = token_ids
+    elif isinstance(token_ids, array | memoryview):
         tokens = np.asarray(token_ids)
     else:
         # array() converts a list in about a third of the time that numpy takes.
         tokens = np.frombuffer(array("I", token_ids), _UINT32) if len(token_ids) else np.empty(0, _UINT32)
     if tokens.dtype is not _UINT32:
         tokens = tokens.view(_UINT32) if tokens.dtype == np.int32 else tokens.astype(_UINT32)
-    if not (tokens.flags.c_contiguous and tokens.flags.aligned):
+    flags = tokens.flags
+    if not (flags.c_contiguous and flags.aligned):
         tokens = tokens.copy()
+    elif tokens.ndim == 1 and not flags.writeable:
+        words: NDArray[np.uint32] = tokens  # the usual case: a buffer of bytes
+        return words
     view: NDArray[np.uint32] = tokens.reshape(-1)
     view.flags.writeable = False
     return view

@@ -88,7 +88,6 @@ class ReplicaLoad:
         "_elsewhere",
         "_may_wait",
         "_others",
-        "_place_s",
         "_row",
         "_shown",
         "arriving_tokens",
@@ -170,7 +169,6 @@ class ReplicaLoad:
         self._begun = 0  # answered since the last report: they run, though it does not show them
         self._others = 0  # of the requests that run or wait there, those that are not ours
         self._may_wait = 0  # in the engine for a place
-        self._place_s = 0.0  # until one more place comes free, where all are taken
         self._columns: LoadColumns | None = None
         self._row = 0
         self.refresh()
@@ -211,7 +209,7 @@ class ReplicaLoad:
         self.room_tokens = self.free_tokens - backlog - self.arriving_tokens
         self.wait_s = backlog * self.token_s
         self.open_places -= 1
-        self.turn_s = self._until_begun_s()
+        self.turn_s = self.wait_s if self.open_places > self._may_wait else self._until_begun_s()
         reported = self.running + self.waiting + self.unreported + len(self._arriving)
         self.requests = self.booked if self.booked > reported else reported
         self.queued += 1
@@ -358,25 +356,20 @@ class ReplicaLoad:
         if places is None:
             self.open_places, self._may_wait = UNKNOWN_PLACES, 0
         else:
+            # By reports or by bookings, whichever are fewer: a report may show what also counts as unreported, and a
+            # client that reads slowly keeps a booking when its place is free again.
+            shown, known = reported + self._begun, booked + self._others
             self._may_wait = -(-places // PLACES_PER_WAITING)
-            self._place_s = self.residence_s / places
-            self.open_places = places + self._may_wait - self._taken()
-        self.turn_s = self._until_begun_s()
+            self.open_places = places + self._may_wait - (shown if shown < known else known)
+        self.turn_s = self.wait_s if self.open_places > self._may_wait else self._until_begun_s()
         if self._columns is not None:
             self._write_row()
 
-    def _taken(self) -> int:
-        """Requests that hold a place or wait for one: by reports, or by bookings, whichever are fewer. A report may
-        show what also counts as unreported; a client that reads slowly keeps a booking when its place is free again."""
-        reported = self.running + self.waiting + self.unreported + self._begun + len(self._arriving)
-        known = self.booked + self._others
-        return reported if reported < known else known
-
     def _until_begun_s(self) -> float:
-        """For the next request: what waits there is prefilled, and a place has come free. Where all are taken, one does
-        every residence / places seconds (Little's law)."""
+        """Where all places are taken: for the next request, until what waits is prefilled and a place has come free.
+        One does every residence / places seconds (Little's law)."""
         missing = 1 + self._may_wait - self.open_places
-        return self.wait_s if missing <= 0 else max(self.wait_s, missing * self._place_s)
+        return max(self.wait_s, missing * self.residence_s / (self.replica.max_running or 1))
 
     def _write_row(self) -> None:
         assert self._columns is not None
@@ -407,7 +400,8 @@ class ReplicaLoad:
         held = (self.shown_tokens, self.shown_hit_tokens)
         assert held == shown, f"{name}: {held} shown tokens, not {shown}"
         if self.replica.max_running is not None:
-            left = self.replica.max_running + self._may_wait - self._taken()
+            reported = self.running + self.waiting + self.unreported + self._begun + len(self._arriving)
+            left = self.replica.max_running + self._may_wait - min(reported, self.booked + self._others)
             assert self.open_places == left, f"{name}: {self.open_places} open places, not {left}"
         arriving = sum(booking.moved_tokens for booking in self._arriving)
         assert self.arriving_tokens == arriving, f"{name}: {self.arriving_tokens} arriving, not {arriving}"

@@ -35,16 +35,18 @@ class TextIndex:
         self.num_slots = num_slots
         self._expected = ExpectedPrefixes(num_slots, max(2, max_bytes // BYTES_PER_CHUNK), life_s)
         self._members: dict[str, tuple[str, int]] = {}  # replica id → boot id, slot
+        self._width = num_slots  # of hits: up to the highest slot of the fleet
 
     def look_up(self, request: Request, now_s: float) -> Hits | None:
         """See `PrefixSource`. Every replica's guess, at most the prompt less one token."""
         hashes = request.chunk_hashes
         if hashes is None or not hashes.size:
             return None
-        counts = self._expected.longest(hashes, now_s)
+        counts = self._expected.longest(hashes, now_s)[: self._width]
         tokens = request.size_tokens
         per_chunk = tokens * self.chunk_bytes / max(request.prompt_bytes, hashes.size * self.chunk_bytes)
-        return Hits(np.minimum((counts * per_chunk).astype(np.int32), tokens - 1), source="text")
+        per_chunk = min(per_chunk, (tokens - 1) / hashes.size)  # the last token is computed in any case
+        return Hits((counts * per_chunk).astype(np.int32), source="text")
 
     def routed(self, request: Request, slot: int, now_s: float) -> None:
         """See `PrefixSource`."""
@@ -60,6 +62,7 @@ class TextIndex:
             if present.get(name) != was:
                 self._expected.clear(was[1])
         self._members = present
+        self._width = max((slot + 1 for _, slot in members), default=0)
 
     def tick(self, now_s: float) -> None:
         """See `PrefixSource`."""

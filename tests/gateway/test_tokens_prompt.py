@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from headrace.gateway import tokens
+from headrace.gateway.chat_template import ChatTemplate
 from headrace.gateway.conversation import UnknownPrompt
 from headrace.gateway.prompt_reader import ModelPrompts, Prompt, PromptReader
 from headrace.gateway.prompt_text import prompt_text
@@ -367,3 +368,13 @@ def test_rate_is_learned_within_a_few_requests_despite_an_outlier() -> None:
     for number in range(60):
         costs.encoded(1000, 1.0 if number == 40 else 0.001)
     assert costs.encode_s_per_char == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "forbidden", ["messages.append(1)", "messages[0].update(a=1)", "''.__class__.__mro__"]
+)
+def test_a_template_is_refused_what_is_unsafe_however_often_it_asks(forbidden: str) -> None:
+    template = ChatTemplate("{{ " + forbidden + " }}", {})
+    for _ in range(2):
+        with pytest.raises(UnknownPrompt, match="unsafe"):
+            template.render([{"role": "user", "content": "x"}])

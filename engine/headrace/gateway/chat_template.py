@@ -43,6 +43,9 @@ RESERVED_ARGUMENTS = frozenset(
 )
 
 
+MOST_KNOWN = 256  # attributes of types
+
+
 class ChatTemplate:
     """One compiled template. Rendering mutates nothing and takes about 5 µs per message."""
 
@@ -58,7 +61,8 @@ class ChatTemplate:
             self._template: jinja2.Template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"not a chat template: {error}") from error
-        self._special_tokens = dict(special_tokens)
+        # Of all that a template may name what is the same each time: jinja would copy its globals for every prompt.
+        self._names = {**environment.globals, **special_tokens}
         self._names_content = "content" in source
         # vLLM asks the same question of the text; see `conversation.as_system`.
         self.knows_developer = '"developer"' in source or "'developer'" in source
@@ -79,16 +83,16 @@ class ChatTemplate:
                 raise UnknownPrompt("the final message cannot be continued")
             conversation = [*conversation[:-1], _with_end_mark(conversation[-1])]
         try:
-            text = self._template.render(
-                {
-                    **self._special_tokens,
-                    **(arguments or {}),
-                    "messages": conversation,
-                    "tools": tools,
-                    "documents": documents,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            names = {
+                **self._names,
+                **(arguments or {}),
+                "messages": conversation,
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            context = self._template.new_context(names, shared=True)
+            text = "".join(self._template.root_render_func(context))
         except Exception as error:  # a template is the model's code and may raise anything
             raise UnknownPrompt(f"the chat template refuses: {type(error).__name__}: {error}") from error
         return _until_end_mark(text) if continue_final_message else text
@@ -137,7 +141,20 @@ def sandbox() -> jinja2.Environment:
         def _body(self, caller: Any) -> Any:
             return caller()
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Jinja's answer depends on the object's type and the name alone: it is kept, 1.5 µs for each `loop.first`."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            asked = type(obj), attr
+            safe = known.get(asked)
+            if safe is None:
+                safe = super().is_safe_attribute(obj, attr, value)
+                if len(known) < MOST_KNOWN:  # a template may make names of what messages say
+                    known[asked] = safe
+            return safe
+
+    known: dict[tuple[type, str], bool] = {}
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json

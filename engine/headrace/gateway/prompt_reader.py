@@ -128,7 +128,9 @@ class PromptReader:
         `prefill_tokens_per_s` that of a typical replica. Cancelling the task is safe. Never raises.
         """
         known = self.of(model)
-        tokenizer = known.tokenizer if path in tokens.PATHS and known.check.trusted else None
+        tokenizer = known.tokenizer
+        if tokenizer is not None and not (path in tokens.PATHS and known.check.trusted):
+            tokenizer = None
         choice = known.costs.before(
             len(body),
             block_size=block_size,

@@ -31,19 +31,20 @@ class TokenCheck:
             How.TEXT: 0,
         }  # hits that the engines reported for the same requests
         self.last_mismatch: tuple[int, int] | None = None  # our length, the engine's
-        self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self._mismatches: deque[int] = deque(maxlen=MAX_MISMATCHES)  # the latest, as numbers of checks
 
     @property
     def trusted(self) -> bool:
         """False once MAX_MISMATCHES of the last WINDOW lengths differed; stays so until `reset`."""
-        return sum(self._recent) < MAX_MISMATCHES
+        latest = self._mismatches
+        return len(latest) < MAX_MISMATCHES or latest[0] <= self.checked - WINDOW
 
     def compare(self, ours: int, engines: int) -> bool:
         """A request has ended and the engine said how long its prompt was. Returns whether they agree."""
         agree = ours == engines
         self.checked += 1
-        self._recent.append(not agree)
         if not agree:
+            self._mismatches.append(self.checked)
             self.mismatched += 1
             self.last_mismatch = (ours, engines)
         return agree
@@ -56,4 +57,4 @@ class TokenCheck:
 
     def reset(self) -> None:
         """The engines or the tokenizer changed: judge anew."""
-        self._recent.clear()
+        self._mismatches.clear()

@@ -19,6 +19,8 @@ class How(StrEnum):
     TEXT = "text"
     LOAD = "load"  # not at all: load alone decides
 
+    __hash__ = str.__hash__  # Enum's own is written in Python; each prompt looks a few counters up by this
+
 
 class TokenChoice(NamedTuple):
     """How, and why; `reason` is short and constant (a metric's label), the rest is for `explain`."""
@@ -28,6 +30,11 @@ class TokenChoice(NamedTuple):
     cost_s: float = 0.0  # expected, of tokenising
     saving_s: float = 0.0  # expected, of prefill
 
+
+SHORT = TokenChoice(How.LOAD, "short")
+NO_TOKENIZER = TokenChoice(How.TEXT, "no tokenizer")
+NO_EVENTS = TokenChoice(How.TEXT, "no cache events")
+CACHED = TokenChoice(How.TOKENS, "cached")
 
 # A new measurement's weight. One outlier (a paused thread) moves a rate by a fifth of itself at most, being clipped.
 _WEIGHT = 0.1
@@ -58,11 +65,11 @@ class TokenCosts:
         """
         tokens = self.estimated_tokens(body_bytes)
         if tokens < (block_size or 16):
-            return TokenChoice(How.LOAD, "short")
+            return SHORT
         if not has_tokenizer:
-            return TokenChoice(How.TEXT, "no tokenizer")
+            return NO_TOKENIZER
         if block_size is None:
-            return TokenChoice(How.TEXT, "no cache events")
+            return NO_EVENTS
         return self._weigh(self.render_s_per_byte * body_bytes, tokens, prefill_tokens_per_s)
 
     def after(
@@ -70,7 +77,7 @@ class TokenCosts:
     ) -> TokenChoice:
         """Once the text is rendered and cut: only what no cache holds is still to be paid for."""
         if missing_chars == 0:
-            return TokenChoice(How.TOKENS, "cached")
+            return CACHED
         cost_s = backlog_s + self.encode_s(missing_chars)
         return self._weigh(cost_s, self.estimated_tokens(body_bytes), prefill_tokens_per_s)
 

@@ -74,13 +74,12 @@ class Delay:
     def _decide(self, view: View, costs: list[float], hits: list[int] | None) -> Decision:
         loads = view.loads
         least = min(costs)
-        bound = least * TIE + TIE_S
         alike = least * ALIKE + TIE_S
-        if hits is None:
-            near = [index for index, cost in enumerate(costs) if cost <= alike]
-        else:
-            longest = max([hit for hit, cost in zip(hits, costs, strict=True) if cost <= bound])
-            near = [index for index, cost in enumerate(costs) if cost <= alike and hits[index] == longest]
+        near = [index for index, cost in enumerate(costs) if cost <= alike]
+        if hits is not None and len(near) > 1:
+            bound = least * TIE + TIE_S
+            longest = max([hits[index] for index in near if costs[index] <= bound])
+            near = [index for index in near if hits[index] == longest]
         if len(near) > 1:
             self._turn += 1
             at = near[self._turn % len(near)]
