@@ -124,7 +124,11 @@ class ScriptedReplica:
         if script.startswith("status"):
             self._answer(writer, int(script.removeprefix("status")), b'{"error":{"message":"scripted"}}')
             return True
-        if script in ("reset_once", "hang_once"):
+        if script == "half_404" and len(self.requests) == 2:  # the head alone, on a kept connection
+            writer.write(b"HTTP/1.1 404 X\r\ncontent-length: 22\r\n\r\n")
+            await writer.drain()
+            return False
+        if script in ("reset_once", "hang_once", "half_404"):
             script = "answer"
         if script == "no_route":
             self._answer(writer, 404, b'{"detail":"Not Found"}')

@@ -303,6 +303,16 @@ async def test_connection_closed_by_an_idle_replica_is_replaced_unseen(front: Op
         await gateway.settled()
 
 
+async def test_a_head_that_was_held_back_is_forgotten_with_its_connection(front: Open, face: str) -> None:
+    """Of a 404 whose body was to tell what it means."""
+    async with front(face, num_replicas=1) as gateway:
+        for _ in range(3):
+            response = await gateway.post({"model": "m", "script": {"all": "half_404"}})
+            assert response.raw.count(b"HTTP/1.1") == 1
+            assert response.status == 200
+        await gateway.settled()
+
+
 async def test_unanswered_request_moves_when_its_replica_leaves_the_fleet(front: Open, face: str) -> None:
     async with front(face) as gateway:
         answering = asyncio.ensure_future(gateway.post({"model": "m", "script": {"a": "hang"}}))

@@ -167,5 +167,9 @@ class Answer(reach.Reach):
     def _request(self, target: Target) -> bytes:
         return self._errand.request_to(target)
 
+    def upstream_lost(self, reason: str) -> None:
+        self._held_head = None
+        super().upstream_lost(reason)
+
     def _lost(self, reason: str, *, suspend: bool = False) -> None:
         self._errand.answer_lost(reason, suspend=suspend)
