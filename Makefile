@@ -23,8 +23,8 @@ test: ## run the tests, real vLLM replicas included (about 20 minutes): make tes
 test-long: ## run the rest: quotas, rollouts, scaling and Ray Serve on Ray and on real replicas (about 25 minutes)
 	@.ci/setup && exec .venv/bin/pytest -m "long and not netns" $(ARGS)
 
-cluster-test: ## lose nodes of a Ray cluster of three network namespaces; needs root (about 5 minutes)
-	@.ci/setup && exec .venv/bin/pytest -m netns $(ARGS)
+cluster-test: ## lose nodes of a Ray cluster of three network namespaces; needs root (about 7 minutes)
+	@.ci/setup && exec .venv/bin/pytest -m netns tests/netns $(ARGS)
 
 check: ## lint, formatting, types, import rules
 	@.ci/setup dev-only

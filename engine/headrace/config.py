@@ -293,7 +293,10 @@ class Gateway(Tree):
     timeouts: Timeouts = Timeouts()
     queue: Queue = Queue()
     retries: int = Field(
-        2, ge=0, le=10, description="Other replicas tried before the first byte of an answer."
+        2,
+        ge=0,
+        le=10,
+        description="Other replicas tried before the first byte of an answer, besides those that take no connection.",
     )
     access_log: bool = True
     seed: int = Field(0, description="Of the policies that draw lots.")

@@ -8,13 +8,13 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from network import Host, Network
+import network
+from network import Host
 
 from headrace.fleet import warden
 
@@ -29,10 +29,12 @@ class Cluster:
     """Ray's head is on the first host. `start` each host, or all; `end` takes everything away, at any moment."""
 
     def __init__(self, num_hosts: int = 3, cpus: int = 2) -> None:
-        self._network = Network(num_hosts)
+        self._network = network.Network(num_hosts)
         self._cpus = cpus
-        # Short: Ray puts sockets into it, whose paths may have 107 characters.
-        self._folder = Path(tempfile.mkdtemp(prefix="hdr", dir="/tmp"))
+        for name in network.remove_abandoned():
+            shutil.rmtree(_folder(name), ignore_errors=True)
+        self._folder = _folder(self._network.name)
+        self._folder.mkdir(mode=0o700)
         self.hosts = self._network.hosts
         self.head = self.hosts[0]
         self.address = f"{self.head.address}:{_PORT}"
@@ -83,6 +85,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # a Ctrl-C is for the tests alone
             timeout=timeout_s,
             check=False,
         )
@@ -105,6 +108,11 @@ class Cluster:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _folder(network_name: str) -> Path:
+    """Of Ray's files. Short: sockets are in it, whose paths may have 107 characters."""
+    return Path("/tmp") / network_name
+
+
 class Observer:
     """A Ray driver on the head's host, `observer_program.py`. Each question is one line, and so is the answer."""
 
@@ -117,6 +125,7 @@ class Observer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
 
     def nodes(self) -> list[str]:
@@ -129,10 +138,10 @@ class Observer:
         actors: list[str] = self._ask("actors")
         return actors
 
-    def replicas(self, fleet: str) -> list[dict[str, Any]]:
-        """What the controller says of each: id, boot_id, state, node, pid, reason. Empty where none answers."""
-        replicas: list[dict[str, Any]] = self._ask("replicas", fleet)
-        return replicas
+    def status(self, fleet: str) -> dict[str, Any]:
+        """What the controller says: `replicas`, `gateways` and more. Empty where none answers."""
+        status: dict[str, Any] = self._ask("status", fleet)
+        return status
 
     def _ask(self, *words: str) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -30,8 +30,8 @@ def cluster() -> Iterator[Cluster]:
 def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     config = tmp_path_factory.mktemp("netns") / "config.yaml"
     config.write_text(json.dumps(CONFIG))
-    address = ["--address", cluster.address, "--host", "0.0.0.0", "--port", "0"]
-    with serving(config, *address, inside=cluster.head.inside, environment=cluster.environment) as served:
+    where = {"inside": cluster.head.inside, "environment": cluster.environment}
+    with serving(config, "--address", cluster.address, **where) as served:
         assert served.url
         yield Fleet(cluster, served)
         code = served.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ async def load(*urls: str, clients: int = 30, streams: int = 6, tokens: int = 24
                 is_over.set()
 
 
-async def ask(url: str, explain: bool = True) -> str:
+async def ask(url: str) -> str:
     """Ask once; the id of the replica that answered. Raises AssertionError for anything but an answer."""
     async with httpx.AsyncClient(timeout=_TIMEOUT_S) as http:
         answer = await http.post(
@@ -118,3 +119,7 @@ async def _stream(http: httpx.AsyncClient, url: str, counted: Load, tokens: int)
         counted.broken.append(begun_s)
     else:
         counted.failed.append(repr(error))
+
+
+if __name__ == "__main__":  # for clients on a host
+    print(asyncio.run(ask(sys.argv[1])))

@@ -78,24 +78,23 @@ class Network:
     """Hosts on one bridge, numbered from 1. `remove` takes all of it away, at any moment, twice too."""
 
     def __init__(self, num_hosts: int) -> None:
-        self._bridge = f"{_NAME}{os.getpid()}"
+        self.name = f"{_NAME}{os.getpid()}"  # of the bridge, and of what belongs to it
         self._subnet = _free_subnet()
         self.hosts = [
-            Host(f"{self._bridge}-{number}", str(self._subnet[number + 1]), f"{self._bridge}-{number}")
+            Host(f"{self.name}-{number}", str(self._subnet[number + 1]), f"{self.name}-{number}")
             for number in range(1, num_hosts + 1)
         ]
 
     def make(self) -> None:
-        _remove_abandoned()
         gateway, width = self._subnet[1], self._subnet.prefixlen
-        _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("addr", "add", f"{gateway}/{width}", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
+        _ip("link", "add", self.name, "type", "bridge")
+        _ip("addr", "add", f"{gateway}/{width}", "dev", self.name)
+        _ip("link", "set", self.name, "up")
         for host in self.hosts:
             _ip("netns", "add", host.name)
             cable = ["link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name]
             _ip(*cable)
-            _ip("link", "set", host.link, "master", self._bridge, "up")
+            _ip("link", "set", host.link, "master", self.name, "up")
             _ip("-n", host.name, "addr", "add", f"{host.address}/{width}", "dev", "eth0")
             for interface in ("lo", "eth0"):
                 _ip("-n", host.name, "link", "set", interface, "up")
@@ -105,7 +104,7 @@ class Network:
 
     def remove(self) -> None:
         """With every process of the hosts."""
-        _remove(self._bridge)
+        _remove(self.name)
 
 
 def missing() -> str:
@@ -131,21 +130,28 @@ def _free_subnet() -> ipaddress.IPv4Network:
     return next(one for one in options[first:] + options[:first] if not any(map(one.overlaps, known)))
 
 
-def _remove_abandoned() -> None:
-    """What runs left that were killed."""
-    for bridge, pid in re.findall(rf"^\d+: ({_NAME}(\d+)): ", _ip("-o", "link", "show"), re.MULTILINE):
-        if not os.path.exists(f"/proc/{pid}"):
-            _remove(bridge)
+def remove_abandoned() -> list[str]:
+    """What tests left that were killed. Returns the names of these networks."""
+    bridges = re.findall(rf"^\d+: ({_NAME}(\d+)): ", _ip("-o", "link", "show"), re.MULTILINE)
+    abandoned = [name for name, pid in bridges if not os.path.exists(f"/proc/{pid}")]
+    for name in abandoned:
+        _remove(name)
+    return abandoned
 
 
 def _remove(bridge: str) -> None:
-    for line in _ip("netns", "list").splitlines():
-        name = line.split()[0]
+    names = [line.split()[0] for line in _ip("netns", "list").splitlines()]
+    for name in names:
         if name.startswith(f"{bridge}-"):
             Host(name, "", name).kill()
-            _ip("netns", "delete", name)  # and its cable
+            _remove_link(name)  # the namespace would take it along, later
+            _ip("netns", "delete", name)
+    _remove_link(bridge)
+
+
+def _remove_link(name: str) -> None:
     with contextlib.suppress(subprocess.CalledProcessError):  # there is none
-        _ip("link", "delete", bridge)
+        _ip("link", "delete", name)
 
 
 def _ip(*words: str) -> str:

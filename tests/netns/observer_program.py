@@ -27,20 +27,19 @@ def actors() -> list[str]:
     return sorted(actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
-def replicas(fleet: str) -> list[dict[str, Any]]:
+def status(fleet: str) -> dict[str, Any]:
     try:
         controller = ray.get_actor(controller_name(fleet), namespace=NAMESPACE)
-        status = ray.get(controller.status.remote(), timeout=_TIMEOUT_S)
+        return asdict(ray.get(controller.status.remote(), timeout=_TIMEOUT_S))
     except (ValueError, ray.exceptions.RayError):
-        return []
-    return [asdict(replica) for replica in status.replicas]
+        return {}
 
 
 def main(address: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray writes there what is no answer
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.CRITICAL)
-    questions = {"nodes": nodes, "actors": actors, "replicas": replicas}
+    questions = {"nodes": nodes, "actors": actors, "status": status}
     for line in sys.stdin:
         question, *words = json.loads(line)
         print(json.dumps(questions[question](*words)), file=answers, flush=True)

@@ -52,4 +52,4 @@ def test_too_few_gpus(fleet: Fleet, tmp_path: Path) -> None:
 def test_a_fleet_of_that_name_runs(fleet: Fleet, tmp_path: Path) -> None:
     reason = refusal(fleet, tmp_path, {"fleet": {"name": NAME}, "models": [SIMULATED]})
     assert f"fleet '{NAME}' runs on this cluster already" in reason and "set another fleet.name" in reason
-    assert fleet.is_ready(*fleet.hosts)
+    assert fleet.is_whole(*fleet.hosts)
