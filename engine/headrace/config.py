@@ -178,6 +178,12 @@ class Fleet(Tree):
         60.0, gt=0, le=3600, description="Longest wait before a replacement."
     )
     quota: QuotaSettings = QuotaSettings()
+    node_timeout_s: float = Field(
+        15.0,
+        ge=2,
+        le=3600,
+        description="A node of the cluster that is not reached for so long is lost: its replicas start elsewhere.",
+    )
     ports: Annotated[str, AfterValidator(_of_range_form)] | None = Field(
         None,
         description="`20000-20999`: TCP ports that replicas listen on, each on five at most. Absent: any.",

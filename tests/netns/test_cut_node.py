@@ -53,6 +53,31 @@ async def used(fleet: Fleet, gateway: Host, replicas: set[str]) -> None:
             left.discard(await load.ask(fleet.url(gateway)))
 
 
+async def test_a_cut_that_ray_does_not_notice_leaves_no_replica_twice(fleet: Fleet, figures: Figures) -> None:
+    """Longer than `fleet.node_timeout_s`, so that successors start, and healed before Ray gives the node up."""
+    host = fleet.hosts[1]
+    others = fleet.others(host)
+    old_pids = sorted(host.running(REPLICA))
+    assert old_pids
+    async with load.load(*map(fleet.url, others)) as clients:
+        await clients.more(100)
+        host.cut()
+        cut_s = time.monotonic()
+        await until(lambda: fleet.num_ready(*others) == NUM_REPLICAS)
+        figures.took("middling cut: until successors were ready", cut_s)
+        assert sorted(host.running(REPLICA)) == old_pids, "they run on, where nobody reaches them"
+        host.heal()
+        healed_s = time.monotonic()
+        await until(lambda: not host.running(REPLICA))
+        figures.took("middling cut: until what was left there had ended, once it was healed", healed_s)
+        await clients.more(100)
+    figures.counted("middling cut", clients)
+    assert clients.failed == []
+    await until(lambda: fleet.is_whole(*fleet.hosts))
+    fleet.check_integrity()
+    await used(fleet, host, {fleet.replicas(others[0])[0]["id"]})
+
+
 async def test_a_long_cut_ends_what_was_cut_off_and_leaves_nothing_twice(
     fleet: Fleet, figures: Figures
 ) -> None:
@@ -65,12 +90,13 @@ async def test_a_long_cut_ends_what_was_cut_off_and_leaves_nothing_twice(
         await clients.more(100)
         host.cut()
         cut_s = time.monotonic()
-        await fleet.joined(*others)
-        figures.took("long cut: until Ray knew the node lost", cut_s)
         await until(lambda: fleet.has_left(old))
         figures.took(f"long cut: until {len(old)} cut replicas were no members", cut_s)
-        await until(lambda: fleet.is_whole(*others))
+        await until(lambda: fleet.num_ready(*others) == NUM_REPLICAS)
         figures.took("long cut: until their successors were ready", cut_s)
+        await fleet.joined(*others)
+        figures.took("long cut: until Ray knew the node lost", cut_s)
+        await until(lambda: fleet.is_whole(*others))
         assert sorted(host.running(REPLICA)) == old_pids, "they run on, where nobody reaches them"
         await clients.more(100)
         host.heal()

@@ -38,6 +38,7 @@ from headrace.fleet.gpu_book import GpuBook
 from headrace.fleet.gpu_nodes import gpu_nodes
 from headrace.fleet.gpu_share import QuotaRules
 from headrace.fleet.lives import ReplicaLives
+from headrace.fleet.lost_nodes import LostNodes
 from headrace.fleet.membership_board import MembershipBoard
 from headrace.fleet.memory import ClusterMemory
 from headrace.fleet.node_gateways import NodeGateways, wanted
@@ -124,6 +125,10 @@ class Controller:
             lambda replica_id: replica_id in self._gpus.hopeless,
         )
         self._nodes = NodeRequest()
+        self._lost_nodes = LostNodes(
+            lambda: self._config.fleet.node_timeout_s, self._lives.places, self._lives.lose_node
+        )
+        self._watching_nodes: asyncio.Task[None] | None = None
         self._external = ExternalMembers(config, self._publish)
         self._board = MembershipBoard(model.name for model in config.models)
         self._supervising: asyncio.Task[None] | None = None
@@ -254,7 +259,7 @@ class Controller:
 
     async def shutdown(self, drain_s: float) -> None:
         """End every replica, letting what runs finish for at most `drain_s`. The actor itself stays."""
-        for task in (self._supervising, self._watching_load, self._feeling):
+        for task in (self._supervising, self._watching_load, self._watching_nodes, self._feeling):
             if task is not None:
                 task.cancel()
         self._answer_polls()  # Ray complains to the user of each that its actor's end cuts
@@ -309,6 +314,7 @@ class Controller:
         self._plan = restored(plan, saved.get("pools", ()), found)
         self._scaling.scaler.recall(saved.get("starts_s", {}), self._plan.pools)
         self._watching_load = asyncio.ensure_future(self._scaling.run())
+        self._watching_nodes = asyncio.ensure_future(self._lost_nodes.run())
         if self._owner is not None:
             await self._gateways.adopt(await self._gateway_nodes(self._owner))
             if self._owner.job_id is not None:

@@ -127,6 +127,21 @@ class ReplicaLives:
             slot.life.cancel()
         self._failed(slot, reason, is_fatal=False)
 
+    def places(self) -> list[tuple[str, int | None]]:
+        """Node and process, where it is known, of each replica that there is."""
+        return [
+            (node_id, None if slot.pulse is None else slot.pulse.pid)
+            for slot in self.slots.values()
+            if slot.hosted is not None
+            for node_id in slot.node_ids
+        ]
+
+    def lose_node(self, node_id: str) -> None:
+        """It is not reached: what ran there has failed."""
+        for replica_id, slot in list(self.slots.items()):
+            if slot.hosted is not None and node_id in slot.node_ids:
+                self.kill(replica_id, "its node is not reached")
+
     def drain(self, replica_id: ReplicaId, drain_s: float) -> None:
         """Let it finish for at most `drain_s`, then end it. One that serves nobody ends at once."""
         slot = self.slots[replica_id]

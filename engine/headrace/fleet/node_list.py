@@ -32,7 +32,7 @@ class NodeList:
         """Those that live now. One that does not answer is left out: Ray takes 15 s to notice a node's end, and what is
         placed there meanwhile waits as long."""
         listed = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-        reached = await asyncio.gather(*map(_is_reached, listed))
+        reached = await asyncio.gather(*map(is_reached, listed))
         listed = [node for node, is_reached in zip(listed, reached, strict=True) if is_reached]
         new = [node["NodeID"] for node in listed if node["NodeID"] not in self._cores]
         for node_id, cores in zip(new, await asyncio.gather(*map(_cores_of, new)), strict=True):
@@ -43,7 +43,7 @@ class NodeList:
         )
 
 
-async def _is_reached(listed: Mapping[str, Any]) -> bool:
+async def is_reached(listed: Mapping[str, Any]) -> bool:
     """Whether the node's raylet accepts connections from here."""
     if listed["NodeID"] == ray.get_runtime_context().get_node_id():
         return True

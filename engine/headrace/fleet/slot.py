@@ -77,6 +77,12 @@ class Slot:
         self.enter(ReplicaState.FAILED, now_s)
 
     @property
+    def node_ids(self) -> set[str]:
+        """Ray's ids of the nodes that it is known to use."""
+        chosen = set() if self.placement is None else {self.placement.node_id}
+        return chosen | {spot.node_id for spot in self.spots}
+
+    @property
     def observed(self) -> Observed:
         return Observed(
             self.spec.id,
