@@ -46,7 +46,10 @@ class TextIndex:
         tokens = request.size_tokens
         per_chunk = tokens * self.chunk_bytes / max(request.prompt_bytes, hashes.size * self.chunk_bytes)
         per_chunk = min(per_chunk, (tokens - 1) / hashes.size)  # the last token is computed in any case
-        return Hits((counts * per_chunk).astype(np.int32), source="text")
+        hits = (counts * per_chunk).astype(np.int32)
+        if self._width > self.num_slots:
+            hits = np.concatenate([hits, np.zeros(self._width - self.num_slots, np.int32)])
+        return Hits(hits, source="text")
 
     def routed(self, request: Request, slot: int, now_s: float) -> None:
         """See `PrefixSource`."""

@@ -73,3 +73,13 @@ def test_memory_is_bounded_and_the_latest_text_stays() -> None:
     assert index.memory_bytes < 2 * 400_000
     assert max(hits(index, text, 0.0)) > 200
     index.check_integrity()
+
+
+def test_a_fleet_beyond_its_slots_has_hits_for_each_replica() -> None:
+    index = index_of()
+    index.follow([(replica(f"r{slot}"), slot) for slot in range(6)])
+    index.routed(request(TEXT), 1, 0.0)
+    index.routed(request(TEXT), 5, 0.0)
+    found = index.look_up(request(TEXT), 1.0)
+    assert found is not None
+    assert found.tokens.tolist() == [0, 512, 0, 0, 0, 0]
