@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Any
 
@@ -10,6 +11,8 @@ from headrace_router.demand import Demand
 from headrace_router.types import Membership
 
 _POLL_S = 20.0
+_LATE_S = 5.0
+"""An answer that is so late will not come: it was lost in a cut of the network."""
 
 
 class ControllerMembership:
@@ -28,7 +31,8 @@ class ControllerMembership:
         if self._controller is None:
             raise RuntimeError("the controller has not started")
         epoch, version = ("", -1) if known is None else (known.epoch, known.version)
-        current: Membership = await self._controller.watch.remote(epoch, version, _POLL_S, self._reader)
+        async with asyncio.timeout(_POLL_S + _LATE_S):
+            current: Membership = await self._controller.watch.remote(epoch, version, _POLL_S, self._reader)
         is_same = known is not None and (current.epoch, current.version) == (epoch, version)
         return known if is_same and known is not None else current
 
@@ -37,7 +41,8 @@ class ControllerMembership:
         if self._controller is None:
             raise RuntimeError("the controller has not started")
         version = -1 if known is None else known.version
-        current: GatewaySettings = await self._controller.settings.remote(version, _POLL_S)
+        async with asyncio.timeout(_POLL_S + _LATE_S):
+            current: GatewaySettings = await self._controller.settings.remote(version, _POLL_S)
         return known if known is not None and current.version == version else current
 
     async def tell(self, demand: Demand) -> None:

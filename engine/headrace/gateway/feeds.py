@@ -16,6 +16,7 @@ import zmq
 from headrace.backends.load_publisher import decode_report
 from headrace.gateway.context import GatewayContext
 from headrace.gateway.following import news
+from headrace.gateway.zmq_line import keep_alive
 from headrace_router.types import Membership
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,7 @@ class LoadFeed:
         self._socket = self._zmq.socket(zmq.SUB)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.setsockopt(zmq.RCVHWM, 10_000)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        keep_alive(self._socket)
         self._connected: set[str] = set()
 
     def start(self) -> None:

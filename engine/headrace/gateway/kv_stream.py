@@ -20,6 +20,7 @@ import zmq
 
 from headrace.backends.kv_event_wire import END_OF_REPLAY, SEQUENCE_BYTES
 from headrace.gateway.kv_event_reader import KvEventReader
+from headrace.gateway.zmq_line import keep_alive
 from headrace_router.events import EventBatch
 from headrace_router.types import BootId, Replica, ReplicaId
 
@@ -92,8 +93,7 @@ class KvStream:
         self.live: zmq.Socket[bytes] = context.socket(zmq.SUB)
         self.live.setsockopt(zmq.SUBSCRIBE, b"")
         self.live.setsockopt(zmq.RCVHWM, 100_000)
-        self.live.setsockopt(zmq.LINGER, 0)
-        self.live.setsockopt(zmq.RECONNECT_IVL, 50)
+        keep_alive(self.live)
         self.live.connect(replica.endpoints.kv_events)
         self.replay: zmq.Socket[bytes] | None = None
         self.missing_from: int | None = 0 if self._replay_endpoint else None
