@@ -54,6 +54,25 @@ def test_what_others_send_counts_by_serves_queue_lengths() -> None:
     router.check_integrity()
 
 
+def test_a_slow_answer_of_one_replica_draws_no_conversation_away_from_it() -> None:
+    """One pace for all: the time of a single answer says little of its replica."""
+    router = routing()
+    story = b"once upon a time there was a river. " * 60
+    home = router.rank("0", story, (A, B), {}, 0.0)[0]
+    router.answered("0", 9.0)
+    router.ended("0", 9.5)
+    other = router.rank("1", b"another story. " * 150, (A, B), {}, 10.0)[0]
+    assert other != home
+    router.answered("1", 10.1)
+    router.ended("1", 10.2)
+    for turn in range(2, 6):
+        story += b"and then it went on, as rivers do. " * 3
+        assert router.rank(str(turn), story, (A, B), {}, 10.0 * turn)[0] == home
+        router.answered(str(turn), 10.0 * turn + 5)
+        router.ended(str(turn), 10.0 * turn + 6)
+    router.check_integrity()
+
+
 def test_ranks_only_candidates_and_all_of_them() -> None:
     router = routing(A, B, C)
     assert sorted(router.rank("0", b"x" * 600, (A, C), {}, 0.0)) == [A, C]

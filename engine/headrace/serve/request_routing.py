@@ -1,7 +1,10 @@
 """What `DelayAwareRequestRouter` knows and decides, without Ray: the router of `headrace_router` over Serve's replicas.
 
 Prompts are known by their text, learned from this router's own routing; loads by its own bookings, and by Serve's
-queue lengths for what others send there; paces by the time to the first token of requests that found a replica idle.
+queue lengths for what others send there; the pace by the time to the first token of requests that found a replica
+idle. It is one pace for all but those that are clearly quicker or slower: replicas of a deployment are alike, and such
+times, with HTTP and queues in them, differ more from each other than replicas do. Learned of each by itself, whichever
+seemed quicker drew conversations away from the others.
 """
 
 from __future__ import annotations
@@ -9,14 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from headrace_kernels.block_hash import hash_chunks, salt
+from headrace_router.cost_model import CostModel
 from headrace_router.load_table import Booking, ReplicaLoad
 from headrace_router.policies import POLICIES, make_policy
 from headrace_router.router import Router
 from headrace_router.text_index import TextIndex
-from headrace_router.types import BootId, Endpoints, Membership, Replica, ReplicaId, Request, Role
+from headrace_router.types import BootId, Endpoints, Iteration, Membership, Replica, ReplicaId, Request, Role
 
 MODEL = "deployment"
 _TICK_S = 0.1
+
+_CLEARLY = 1.5
+"""By so much a replica's own pace must differ from that of all to count,"""
+_TOLD = 10
+"""learned from so many answers."""
 
 
 class RequestRouting:
@@ -28,6 +37,8 @@ class RequestRouting:
             raise ValueError(f"no policy {policy!r}; it must be one of {', '.join(sorted(POLICIES))}")
         self._texts = TextIndex()
         self._router = Router(make_policy(policy, seed), texts=self._texts)
+        self._pace = CostModel()  # of all
+        self._paces: dict[str, CostModel] = {}  # of each
         self._requests: dict[str, tuple[Request, Booking]] = {}
         self._others: dict[str, list[Booking]] = {}  # by replica: what somebody else sent there
         self._version = 0
@@ -46,6 +57,8 @@ class RequestRouting:
         )
         self._router.set_membership(Membership(self._version, members), now_s)
         present = {member.id for member in members}
+        self._paces = {name: self._paces.get(name) or CostModel() for name in present}
+        self._take_paces()
         for name in [name for name in self._others if name not in present]:
             for booking in self._others.pop(name):
                 self._router.release(booking, now_s)
@@ -110,7 +123,15 @@ class RequestRouting:
         """The first token of its answer has come. Unknown requests are passed over."""
         known = self._requests.get(request_id)
         if known is not None:
-            self._router.answered(known[1], now_s)
+            booking = known[1]
+            if booking.alone and booking.answered_at_s is None and booking.uncached_tokens:
+                told = (Iteration(now_s - booking.booked_at_s, booking.uncached_tokens, 0),)
+                for model in (self._pace, self._paces.get(booking.replica.id)):
+                    # That which the router goes by, it teaches by itself.
+                    if model is not None and model is not booking.load.cost_model:
+                        model.observe(told)
+            self._router.answered(booking, now_s)
+            self._take_paces()
 
     def ended(self, request_id: str, now_s: float, name: str | None = None) -> None:
         """However it ended. Safe to call again, and for requests never seen.
@@ -122,6 +143,14 @@ class RequestRouting:
         if known is not None and name in (None, known[1].replica.id):
             del self._requests[request_id]
             self._router.release(known[1], now_s)
+
+    def _take_paces(self) -> None:
+        for load in self._router.loads.all():
+            own = self._paces[load.replica.id]
+            ratio = own.seconds_per_token() / self._pace.seconds_per_token()
+            is_other = own.observed >= _TOLD and not 1 / _CLEARLY < ratio < _CLEARLY
+            load.cost_model = own if is_other else self._pace
+            load.refresh()
 
     def _note_others(self, queue_lengths: Mapping[str, int | None], now_s: float) -> None:
         """Bring the bookings that stand for other routers' requests to what Serve counts beyond our own."""
