@@ -74,7 +74,8 @@ async def test_a_simulated_fleet_sleeps_wakes_grows_and_sleeps(serving: Serving,
             streams = [asyncio.create_task(story(client, "sim", 100)) for _ in range(60)]
             await up_to(lambda: served.wait_line("sim-unified-2: ready after"))
             assert await asyncio.gather(*streams) == [100] * 60
-        await up_to(lambda: served.wait_line("sim-unified-0: gone"))
+        for number in range(3):  # in whatever order
+            await up_to(lambda number=number: served.wait_line(f"sim-unified-{number}: gone"))
         told = json.loads(served.command("scale", "--why", "sim", "--json"))
         assert (told["changes"][0]["current"], told["changes"][0]["target"]) == (0, 1)
         assert "held where no replica runs" in told["changes"][0]["reason"]
