@@ -17,9 +17,9 @@ from pathlib import Path
 from time import monotonic
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.fleet.node_list import is_reached
+from headrace.fleet.node_task import on_node
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class LostNodes:
         by_node: dict[str, set[int]] = {}
         for node, pid in self._running():
             by_node.setdefault(node, set()).update(() if pid is None else {pid})
-        watched = by_node.keys() | self._left.keys()
-        if not watched:
+        watched = (by_node.keys() | self._left.keys()) - {ray.get_runtime_context().get_node_id()}
+        if not watched:  # everything is on the node that this runs on: nothing to ask Ray for
             return
         listed = [
             node for node in await asyncio.to_thread(ray.nodes) if node["NodeID"] in watched and node["Alive"]
@@ -115,13 +115,9 @@ class LostNodes:
 
 async def _fence(node_id: str, pids: Collection[int]) -> None:
     """End these processes of a node."""
-    affinity = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(end_replicas).options(scheduling_strategy=affinity)
     try:
-        async with asyncio.timeout(_FENCE_TIMEOUT_S):
-            log.warning(
-                "node %s is back; ended what was left there: %s", node_id, await task.remote(sorted(pids))
-            )
+        ended = await on_node(node_id, end_replicas, sorted(pids), timeout_s=_FENCE_TIMEOUT_S)
+        log.warning("node %s is back; ended what was left there: %s", node_id, ended)
     except (
         TimeoutError,
         ray.exceptions.RayError,

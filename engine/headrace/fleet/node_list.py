@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.fleet.gpu_nodes import gpu_nodes
+from headrace.fleet.node_task import on_node
 from headrace.fleet.placement import ACCELERATOR_LABEL, Node
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,8 @@ async def is_reached(listed: Mapping[str, Any]) -> bool:
 async def _cores_of(node_id: str) -> tuple[int, ...] | None:
     if node_id == ray.get_runtime_context().get_node_id():
         return _own_cores()
-    affinity = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-    probe = ray.remote(num_cpus=0, max_retries=0)(_own_cores).options(scheduling_strategy=affinity)
     try:
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            cores: tuple[int, ...] = await probe.remote()
+        cores: tuple[int, ...] = await on_node(node_id, _own_cores, timeout_s=_PROBE_TIMEOUT_S)
     except (TimeoutError, ray.exceptions.RayError) as error:
         log.warning("node %s does not answer: %s", node_id, type(error).__name__)
         return None
